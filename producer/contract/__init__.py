@@ -1,0 +1,64 @@
+"""The vocabulary that producers and workers share: requests, events, errors, keys.
+
+Pure: pydantic and the standard library, no I/O. It imports nothing else of this project.
+"""
+
+from producer.contract.errors import (
+    GlmqError,
+    IdempotencyConflict,
+    InvalidRequest,
+    InvalidSetting,
+    RedisUnavailable,
+    RequestCancelled,
+    RequestFailed,
+    StreamGone,
+    UnknownRequest,
+)
+from producer.contract.events import (
+    Event,
+    Failed,
+    Finished,
+    Started,
+    Timings,
+    Token,
+    Usage,
+    decode_event,
+    encode_event,
+)
+from producer.contract.requests import (
+    ChatRequest,
+    Request,
+    SamplingParams,
+    SummaryRequest,
+    Turn,
+    decode_request,
+    encode_request,
+)
+
+__all__ = [
+    "ChatRequest",
+    "Event",
+    "Failed",
+    "Finished",
+    "GlmqError",
+    "IdempotencyConflict",
+    "InvalidRequest",
+    "InvalidSetting",
+    "RedisUnavailable",
+    "Request",
+    "RequestCancelled",
+    "RequestFailed",
+    "SamplingParams",
+    "Started",
+    "StreamGone",
+    "SummaryRequest",
+    "Timings",
+    "Token",
+    "Turn",
+    "UnknownRequest",
+    "Usage",
+    "decode_event",
+    "decode_request",
+    "encode_event",
+    "encode_request",
+]

@@ -1,0 +1,142 @@
+"""Every error that a caller can meet, on one page.
+
+::
+
+    GlmqError
+    ├── InvalidRequest           a field of a request is wrong; names the field and the remedy
+    ├── InvalidSetting           a setting is wrong; names the variable and the remedy
+    ├── RedisUnavailable         Redis could not be reached; says which address was tried
+    ├── IdempotencyConflict      the same idempotency key was used for a different request
+    ├── UnknownRequest           no such request: never submitted, or its lifetime is over
+    ├── StreamGone               the events after this token index are no longer kept
+    ├── RequestFailed            the request ended in `Failed`; carries its code
+    └── RequestCancelled         the request was cancelled; carries the text so far
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+
+class GlmqError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class InvalidRequest(GlmqError, ValueError):
+    """A field of a request is missing, unknown or out of range."""
+
+    def __init__(self, field: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{field}: {problem}. {remedy}")
+        self.field = field
+        self.problem = problem
+        self.remedy = remedy
+
+    @classmethod
+    def from_validation(cls, error: ValidationError) -> InvalidRequest:
+        """The first problem that pydantic found, as a sentence with a remedy."""
+        first = error.errors(include_url=False)[0]
+        # A discriminated union puts its tag in front of the path: not a field of ours.
+        field = ".".join(str(part) for part in first["loc"] if part not in ("chat", "summary")) or "request"
+        problem = first["msg"].removeprefix("Value error, ").rstrip(".")
+        return cls(field, problem, _remedy(first["type"], first.get("ctx") or {}))
+
+
+_REMEDIES = {
+    "missing": "Give it a value.",
+    "extra_forbidden": "Remove it, or put it into metadata.",
+    "greater_than_equal": "Use {ge} or more.",
+    "less_than_equal": "Use {le} or less.",
+    "greater_than": "Use a value above {gt}.",
+    "less_than": "Use a value below {lt}.",
+    "string_too_short": "Give at least {min_length}.",
+    "too_short": "Give at least {min_length}.",
+    "string_too_long": "Give at most {max_length}.",
+    "too_long": "Give at most {max_length}.",
+    "string_pattern_mismatch": "Use a value that matches {pattern}.",
+    "literal_error": "Use {expected}.",
+    "value_error": "Correct the value.",
+    "json_invalid": "Send valid JSON.",
+    "union_tag_invalid": "Set kind to 'chat' or 'summary'.",
+    "union_tag_not_found": "Set kind to 'chat' or 'summary'.",
+}
+
+
+def _remedy(kind: str, context: dict[str, Any]) -> str:
+    """What to do about a pydantic error of this type."""
+    if kind in _REMEDIES:
+        return _REMEDIES[kind].format(**context)
+    expected = kind.removesuffix("_type").removesuffix("_parsing").replace("_", " ")
+    return f"Send a value of type {expected}."
+
+
+class InvalidSetting(GlmqError, ValueError):
+    """A setting (an environment variable or an option) has a value that cannot be used."""
+
+    def __init__(self, name: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{name}: {problem}. {remedy}")
+        self.name = name
+
+
+class RedisUnavailable(GlmqError, ConnectionError):
+    """Redis did not answer. The message says which address was tried and what to do."""
+
+    def __init__(self, address: str, reason: object) -> None:
+        super().__init__(
+            f"Redis at {address} cannot be reached ({reason}). "
+            "Start one with `glmq up`, or set REDIS_URL to a server that runs."
+        )
+        self.address = address
+
+
+class IdempotencyConflict(GlmqError):
+    """This idempotency key belongs to a request with a different body."""
+
+    def __init__(self, key: str, request_id: str) -> None:
+        super().__init__(
+            f"idempotency_key: {key!r} was used for request {request_id} with a different body. "
+            "Use a new key for a new request."
+        )
+        self.request_id = request_id
+
+
+class UnknownRequest(GlmqError, LookupError):
+    """Nothing is known about this request id."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            f"request_id: nothing is known about {request_id!r}. "
+            "It was never submitted, or it ended longer ago than results are kept."
+        )
+        self.request_id = request_id
+
+
+class StreamGone(GlmqError, LookupError):
+    """The events of this request are no longer kept; the request is not run again."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            f"request_id: the stream of {request_id!r} is gone: it ended longer ago than streams are kept. "
+            "Submit the request again if its answer is still wanted."
+        )
+        self.request_id = request_id
+
+
+class RequestFailed(GlmqError):
+    """The request ended without an answer. `code` is stable; the message says what to do."""
+
+    def __init__(self, request_id: str, code: str, message: str) -> None:
+        super().__init__(f"request {request_id} failed ({code}): {message}")
+        self.request_id = request_id
+        self.code = code
+        self.message = message
+
+
+class RequestCancelled(GlmqError):
+    """The request was cancelled before its answer was complete; `text` is what came until then."""
+
+    def __init__(self, request_id: str, text: str) -> None:
+        super().__init__(f"request {request_id} was cancelled after {len(text)} characters")
+        self.request_id = request_id
+        self.text = text

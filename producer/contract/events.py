@@ -1,0 +1,114 @@
+"""What a reader of an answer sees: Started, Token..., then Finished or Failed. Versioned JSON.
+
+Every event has a place in the request's Redis stream, and that place is its id, `<token index>-<n>`:
+
+- `Token`: `<index>-0`, where index counts answer tokens from 1; an event of several tokens has the index of its last.
+- `Started`: `<tokens emitted before>-<attempt>`, so that the first one is `0-1` and one after a takeover follows the token
+  that it continues from.
+- `Finished`, `Failed`: `<tokens emitted>-<attempt + 1>`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+CONTRACT_VERSION: Final = 1
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    version: Literal[1] = CONTRACT_VERSION
+
+
+class Usage(BaseModel):
+    """Tokens counted by the model's own tokenizer."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Timings(BaseModel):
+    """Seconds, measured by the worker that finished the request; waiting is measured on Redis' clock."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    queue_seconds: float = 0.0
+    """From submit to the first claim."""
+    first_token_seconds: float = 0.0
+    """From the claim to the first token."""
+    total_seconds: float = 0.0
+    """From the claim to the end."""
+
+
+class Started(_Event):
+    """A worker has claimed the request. Comes again, with a higher attempt, after a takeover."""
+
+    type: Literal["started"] = "started"
+    attempt: int
+    worker: str
+    prompt_tokens: int = 0
+
+
+class Token(_Event):
+    """One or more answer tokens. Texts of all events, joined, are the answer."""
+
+    type: Literal["token"] = "token"
+    index: int
+    """Index of the last token in it; the first answer token is 1."""
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    """One text a token; empty while a character is incomplete or may still be rewritten."""
+
+    @property
+    def text(self) -> str:
+        """The text that these tokens add to the answer."""
+        return "".join(self.texts)
+
+    def after(self, index: int) -> Self:
+        """This event without the tokens up to and including `index`, for a reader that resumes there."""
+        keep = self.index - index
+        return (
+            self
+            if keep >= len(self.ids)
+            else self.model_copy(update={"ids": self.ids[-keep:], "texts": self.texts[-keep:]})
+        )
+
+
+class Finished(_Event):
+    """The answer is complete, or was cut for the reason given."""
+
+    type: Literal["finished"] = "finished"
+    reason: Literal["stop", "length", "cancelled"]
+    text: str
+    """The whole answer, decoded at once: equal to the joined texts of the tokens."""
+    usage: Usage = Usage()
+    timings: Timings = Timings()
+    attempts: int = 1
+
+
+class Failed(_Event):
+    """There is no answer. `code` is for programs, `message` says what to do."""
+
+    type: Literal["failed"] = "failed"
+    code: str
+    message: str
+
+
+Event = Started | Token | Finished | Failed
+
+_adapter: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
+
+
+def encode_event(event: Event) -> str:
+    """The event as one line of compact JSON (no raw newline or tab in it)."""
+    return event.model_dump_json()
+
+
+def decode_event(data: str | bytes) -> Event:
+    """The event in this JSON; raises pydantic's ValidationError if it is none."""
+    return _adapter.validate_json(data)

@@ -1,0 +1,1 @@
+"""One Celery worker = one GPU = one engine."""

@@ -1,0 +1,1 @@
+"""ChatGLM in PyTorch: configuration, tokenizer, weights, layers, kernels. Does not know the engine."""
