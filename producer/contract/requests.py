@@ -38,7 +38,7 @@ class Turn(NamedTuple):
 ModelT = TypeVar("ModelT", bound="_Strict")
 
 
-class _RaisesInvalidRequest(type(BaseModel)):  # type: ignore[misc]
+class _RaisesInvalidRequest(ModelMetaclass):
     """Construction raises our error. Nested fields are built by pydantic itself, so paths stay whole."""
 
     def __call__(cls, *args: Any, **fields: Any) -> Any:
@@ -48,7 +48,7 @@ class _RaisesInvalidRequest(type(BaseModel)):  # type: ignore[misc]
             raise InvalidRequest.from_validation(error) from error
 
 
-class _Strict(BaseModel, metaclass=_RaisesInvalidRequest):  # type: ignore[metaclass]
+class _Strict(BaseModel, metaclass=_RaisesInvalidRequest):
     """Immutable, no coercion, no unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -109,7 +109,7 @@ class SamplingParams(_Strict):
         return self
 
 
-class _Request(_Strict):  # type: ignore[metaclass]
+class _Request(_Strict):
     """What chat and summary requests have in common."""
 
     version: Literal[1] = CONTRACT_VERSION
