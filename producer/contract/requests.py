@@ -17,6 +17,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic._internal._model_construction import ModelMetaclass
 
 from producer.contract.errors import InvalidRequest
 
@@ -41,7 +42,7 @@ ModelT = TypeVar("ModelT", bound="_Strict")
 class _RaisesInvalidRequest(ModelMetaclass):
     """Construction raises our error. Nested fields are built by pydantic itself, so paths stay whole."""
 
-    def __call__(cls, *args: Any, **fields: Any) -> Any:
+    def __call__(self, *args: Any, **fields: Any) -> Any:
         try:
             return super().__call__(*args, **fields)
         except ValidationError as error:
