@@ -1,0 +1,133 @@
+"""The requests that this worker has claimed and not yet ended: what was generated, what of it is published, which slot it holds.
+
+State only, shared by the worker's threads under one lock; it decides nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from producer.contract import Failed, Finished, Request, Timings, Usage
+from workers.pool import Ticket
+
+EndReason = Literal["stop", "length", "cancelled"]
+
+
+class AnswerDetokenizer(Protocol):
+    """What a running request needs of the detokenizer: one text a token, never taken back."""
+
+    def feed(self, token_id: int) -> str: ...
+
+    def finish(self) -> str: ...
+
+    @property
+    def stopped(self) -> bool: ...
+
+
+@dataclass(slots=True, eq=False)
+class RunningRequest:
+    """One claimed request. Mutated only under the lock of its `RunningRequests`."""
+
+    request_id: str
+    attempt: int
+    """The fencing token: whatever this worker writes for the request carries it."""
+    request: Request
+    ticket: Ticket | None
+    """Completed when the request ends; None when the worker found the request without one."""
+    queue_seconds: float
+    claimed: float = field(default_factory=time.monotonic)
+    sequence_id: int = 0
+    """Under which the engine knows it; 0 before the engine was asked."""
+    detokenizer: AnswerDetokenizer | None = None
+    prompt_len: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    """The whole answer so far, earlier attempts included."""
+    texts: list[str] = field(default_factory=list)
+    num_published: int = 0
+    """Tokens that the ledger has, or is being given at this moment."""
+    is_started_published: bool = False
+    first_token: float | None = None
+    end: Finished | Failed | None = None
+    """Its last event, once it is known; it is published after all tokens."""
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    def add(self, token_id: int, text: str) -> None:
+        """One more answer token and the text that it adds."""
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+        self.token_ids.append(token_id)
+        self.texts.append(text)
+
+    def finished(self, reason: EndReason) -> Finished:
+        """The last event of an answer that ends here."""
+        now = time.monotonic()
+        return Finished(
+            reason=reason,
+            text=self.text,
+            usage=Usage(prompt_tokens=self.prompt_len, completion_tokens=len(self.token_ids)),
+            timings=Timings(
+                queue_seconds=self.queue_seconds,
+                first_token_seconds=(self.first_token or now) - self.claimed,
+                total_seconds=now - self.claimed,
+            ),
+            attempts=self.attempt,
+        )
+
+
+class RunningRequests:
+    """All of them, by request id and by the engine's sequence id."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._by_id: dict[str, RunningRequest] = {}
+        self._by_sequence: dict[int, RunningRequest] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[RunningRequest]:
+        with self.lock:
+            return iter(tuple(self._by_id.values()))
+
+    def add(self, running: RunningRequest) -> None:
+        with self.lock:
+            self._by_id[running.request_id] = running
+
+    def bind(self, running: RunningRequest, sequence_id: int) -> None:
+        """From now on the engine's output for this sequence is the request's."""
+        with self.lock:
+            self._by_sequence.pop(running.sequence_id, None)
+            running.sequence_id = sequence_id
+            self._by_sequence[sequence_id] = running
+
+    def unbind(self, running: RunningRequest) -> None:
+        """Output of the engine that still arrives for this request is no longer wanted."""
+        with self.lock:
+            self._by_sequence.pop(running.sequence_id, None)
+
+    def get(self, request_id: str) -> RunningRequest | None:
+        return self._by_id.get(request_id)
+
+    def of_sequence(self, sequence_id: int) -> RunningRequest | None:
+        return self._by_sequence.get(sequence_id)
+
+    def of_ticket(self, ticket: Ticket) -> RunningRequest | None:
+        return next((running for running in self if running.ticket is ticket), None)
+
+    def remove(self, running: RunningRequest) -> bool:
+        """Forget it; False if somebody else did already."""
+        with self.lock:
+            self._by_sequence.pop(running.sequence_id, None)
+            return self._by_id.pop(running.request_id, None) is not None
+
+    @property
+    def num_generating(self) -> int:
+        """Requests that wait for the engine."""
+        return len(self._by_sequence)
