@@ -1,0 +1,43 @@
+"""The `glmq` command. Errors of ours are one line on stderr and exit code 1; answers go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from producer.cli import cancel, chat, doctor, status, summarize, up, worker
+from producer.contract import GlmqError
+
+app = typer.Typer(
+    name="glmq",
+    help="ChatGLM-6B with a LoRA for many users at once: ask, summarize, and run the workers that answer.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="The server is REDIS_URL, or the one that `glmq up` started on this machine.",
+)
+
+app.command("up")(up.up)
+app.command(
+    "worker",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)(worker.worker)
+app.command("chat")(chat.chat)
+app.command("summarize")(summarize.summarize)
+app.command("status")(status.status)
+app.command("cancel")(cancel.cancel)
+app.command("doctor")(doctor.doctor)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except GlmqError as error:
+        print(f"glmq: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader of our output (head, less) is gone: nobody is left to tell.
+        sys.stderr.close()
+        sys.exit(141)

@@ -1,0 +1,65 @@
+"""Streams one answer to stdout as it comes, and measures it. Used by every command that asks for text."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+
+from producer.client import Client
+from producer.contract import Failed, Finished, Request, RequestFailed, Token
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A finished answer with what the caller saw of its speed. Seconds, from submit, on the caller's clock."""
+
+    finished: Finished
+    first_token_seconds: float
+    total_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the tokens after the first: how fast it flows once it has begun."""
+        flowing = self.total_seconds - self.first_token_seconds
+        return max(0, self.finished.usage.completion_tokens - 1) / flowing if flowing > 0 else 0.0
+
+    def __str__(self) -> str:
+        usage = self.finished.usage
+        return (
+            f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, first after {self.first_token_seconds * 1e3:.0f} ms, "
+            f"then {self.tokens_per_second:.0f} tokens/s ({self.finished.reason})"
+        )
+
+
+def stream_answer(client: Client, request: Request) -> Answer:
+    """Submits, prints the text as it comes, ends the line. Ctrl-C cancels the answer and returns what came until then.
+
+    Raises RequestFailed if there is no answer.
+    """
+    begin = time.perf_counter()
+    first: float | None = None
+    index = 0
+    request_id = client.submit(request).request_id
+    while True:
+        try:
+            for event in client.stream(request_id, after=index):
+                match event:
+                    case Token():
+                        first = first or time.perf_counter() - begin
+                        index = event.index
+                        write(event.text)
+                    case Failed():
+                        raise RequestFailed(request_id, event.code, event.message)
+                    case Finished():
+                        write("\n")
+                        total = time.perf_counter() - begin
+                        return Answer(event, first or total, total)
+        except KeyboardInterrupt:
+            # The stream still ends with a Finished event, which says how far the answer came.
+            client.cancel(request_id)
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
