@@ -8,27 +8,32 @@ key                                     type       content and lifetime
 ======================================  =========  ==============================================================
 {ns}:request:R                          hash       the request and its state (fields below); while it lives,
                                                    then `retention_seconds`
-{ns}:events:R                           stream     its events, id `<token index>-<n>`; same lifetime
+{ns}:events:R                           stream     its events, id `<token index>-<n>`, one field, `event` (JSON);
+                                                   same lifetime
 {ns}:queue:<model>                      zset       queued request ids by (priority, age); no expiry
 {ns}:leases                             zset       running request ids by the time (ms) at which their lease ends;
                                                    no expiry
 {ns}:running:<worker>                   set        request ids that this worker has claimed; no expiry, empty when idle
-{ns}:idempotency:<tenant>:<key>         string     `R <digest of the body>`; `idempotency_seconds`
+{ns}:idempotency:<tenant>:<key>         string     `R <digest of the body>`, the key percent-encoded;
+                                                   `idempotency_seconds`
 {ns}:worker:<worker>                    hash       what a worker says of itself (model, slots, speed);
                                                    `worker_seconds`, renewed with the leases
 {ns}:workers                            zset       worker ids by last sign of life (ms); pruned when read
-{ns}:push:<reader>                      channel    events of all requests that this reader process follows
+{ns}:push:<reader>                      channel    events of all requests that this reader process follows: lines of
+                                                   R, id of the entry before, id of the entry, event; tabs between
 {ns}:control:<worker>                   channel    `cancel R`
 ======================================  =========  ==============================================================
 
-Fields of a request: `request` (JSON), `state` (queued, running, done, failed, cancelled, dead), `model`, `tenant`, `priority`,
-`attempt` (the fencing token), `worker`, `count` (answer tokens emitted), `readers` (comma-separated), `cancel` (1 when asked for),
-and times in ms on Redis' clock: `submitted`, `claimed`, `deadline`, `ended`.
+Fields of a request: `request` (JSON), `digest` (of the body as it was submitted), `state` (queued, running, done, failed, cancelled,
+dead), `model`, `tenant`, `priority`, `attempt` (the fencing token), `worker`, `started` (the attempt whose Started is in the stream),
+`count` (answer tokens emitted), `last` (id of the stream's last entry), `readers` (comma-separated), `cancel` (1 when asked for),
+`retention` (ms), and times in ms on Redis' clock: `submitted`, `claimed` (first), `deadline`, `ended`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import quote
 
 RETENTION_SECONDS = 600
 """How long a request and its events are kept after its end."""
@@ -64,7 +69,7 @@ class Keys:
         return f"{self.prefix}running:{worker}"
 
     def idempotency(self, tenant: str, key: str) -> str:
-        return f"{self.prefix}idempotency:{tenant}:{key}"
+        return f"{self.prefix}idempotency:{tenant}:{quote(key, safe='')}"
 
     def worker(self, worker: str) -> str:
         return f"{self.prefix}worker:{worker}"

@@ -1,1 +1,42 @@
-"""The request's state machine: thin Python over Lua scripts. The only code that changes a request's state."""
+"""The state of every request, in Redis. The only code that changes it.
+
+Each transition is one Lua script (`*.lua`), each script one function in `calls.py`; `Ledger` and `AsyncLedger` run them:
+`ledger.run(calls.claim(model, worker, lease_seconds=2.0))`.
+"""
+
+from producer.ledger import calls
+from producer.ledger.calls import (
+    Call,
+    Claim,
+    Emission,
+    EmitCode,
+    Entry,
+    Followed,
+    Overview,
+    Renewal,
+    RequestStatus,
+    State,
+    Submitted,
+    WorkerStatus,
+)
+from producer.ledger.ledger import AsyncLedger, Ledger, connect, connect_async
+
+__all__ = [
+    "AsyncLedger",
+    "Call",
+    "Claim",
+    "Emission",
+    "EmitCode",
+    "Entry",
+    "Followed",
+    "Ledger",
+    "Overview",
+    "Renewal",
+    "RequestStatus",
+    "State",
+    "Submitted",
+    "WorkerStatus",
+    "calls",
+    "connect",
+    "connect_async",
+]

@@ -1,0 +1,50 @@
+"""The Celery settings that producers and workers must share, in one place: how tickets travel.
+
+The values were exercised against Celery 5.7 on Redis. Knows nothing about tasks or pools.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+TICKET_TASK: Final = "glmq.next"
+"""The task of a ticket: there is work for this model. It has no arguments; the work is in the ledger."""
+CHAT_TASK: Final = "glmq.chat"
+SUMMARIZE_TASK: Final = "glmq.summarize"
+
+
+def broker_key_prefix(namespace: str) -> str:
+    """What Celery's own Redis keys begin with. A service that speaks only Celery must set the same prefix:
+    `broker_transport_options={"global_keyprefix": "glmq:"}`."""
+    return f"{namespace}:"
+
+
+def celery_settings(redis_url: str, namespace: str) -> dict[str, Any]:
+    """The configuration of a Celery app that sends or takes tickets of this deployment."""
+    return {
+        "broker_url": redis_url,
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        "result_serializer": "json",
+        "task_ignore_result": True,
+        "task_store_errors_even_if_ignored": False,
+        # Never late: on 5.7 a lost connection with late-acked work in flight ends the worker. The ledger's leases are what recovers.
+        "task_acks_late": False,
+        "task_create_missing_queues": True,
+        "worker_disable_prefetch": True,
+        "worker_prefetch_multiplier": 1,
+        "worker_send_task_events": False,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "broker_transport_options": {
+            "global_keyprefix": broker_key_prefix(namespace),
+            "visibility_timeout": 30,
+            "unacked_restore_interval": 2,
+            "unacked_restore_throttle": 1,
+            "unacked_mutex_expire": 10,
+            "socket_keepalive": True,
+            "socket_connect_timeout": 5,
+            "socket_timeout": 30,
+            "health_check_interval": 10,
+        },
+    }

@@ -1,0 +1,44 @@
+-- The new events of all requests of one flush.
+-- ARGV: five for each event: id, attempt, tokens emitted before it, index of its last token (both -1: a Started), event
+-- Answers a code each:
+--    1  written
+--    0  was written before: this is the retry of a call whose answer was lost
+--   -1  fenced: the request is not running any more, or not with this attempt
+--   -2  in the stream (now or before), and a cancellation is asked for
+--   -3  out of step: it does not follow the stream's last token, or a token came before its attempt's Started
+
+local codes = {}
+for i = 1, #ARGV, 5 do
+  local id, attempt, before, index, event = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
+  local key = request_key(id)
+  local fields = redis.call('HMGET', key, 'state', 'attempt', 'count', 'last', 'started', 'cancel', 'readers')
+  local count, started = fields[3], fields[5]
+  local code
+  if fields[1] ~= 'running' or fields[2] ~= attempt then
+    code = -1
+  elseif index == '-1' then
+    if started == attempt then
+      code = 0
+    else
+      local entry = count .. '-' .. attempt
+      append(id, fields[4], entry, event, fields[7])
+      redis.call('HSET', key, 'last', entry, 'started', attempt)
+      code = 1
+    end
+  elseif tonumber(index) <= tonumber(count) then
+    code = 0
+  elseif before ~= count or started ~= attempt then
+    code = -3
+  else
+    local entry = index .. '-0'
+    append(id, fields[4], entry, event, fields[7])
+    redis.call('HSET', key, 'last', entry, 'count', index)
+    code = 1
+  end
+  if code >= 0 and fields[6] then
+    code = -2
+  end
+  codes[#codes + 1] = code
+end
+publish_pushes()
+return codes

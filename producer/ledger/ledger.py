@@ -1,0 +1,150 @@
+"""Runs the calls of `calls.py` on a Redis connection, blocking or asynchronous.
+
+Knows connections and their errors; what a call does and answers is the call's business.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Self, TypeVar
+
+import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry
+
+from producer.contract.errors import InvalidSetting, RedisUnavailable
+from producer.contract.keys import Keys
+from producer.ledger.calls import Call
+from producer.ledger.scripts import script
+
+T = TypeVar("T")
+
+_UNREACHABLE = (redis.ConnectionError, redis.TimeoutError)
+_REFUSING = ("MISCONF", "READONLY", "OOM", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "TRYAGAIN")
+"""Answers of a server that is there but takes no writes now."""
+
+
+class Ledger:
+    """Runs calls on a blocking connection. Safe to share between threads."""
+
+    def __init__(self, connection: redis.Redis, keys: Keys) -> None:
+        self.connection = connection
+        self.keys = keys
+        self.address = address_of(connection)
+        self._execute: Any = connection.execute_command
+
+    @classmethod
+    def at(cls, url: str, keys: Keys, *, timeout_seconds: float = 5.0, retries: int = 3) -> Self:
+        """A ledger on connections of its own."""
+        return cls(connect(url, timeout_seconds=timeout_seconds, retries=retries), keys)
+
+    def run(self, call: Call[T]) -> T:
+        """The answer of one call. Raises what the call raises, and RedisUnavailable."""
+        code = script(call.script)
+        arguments = (1, self.keys.prefix, *call.args)
+        try:
+            while True:
+                try:
+                    answer = self._execute("EVALSHA", code.sha, *arguments)
+                except redis.exceptions.NoScriptError:
+                    answer = self._execute("EVAL", code.source, *arguments)
+                if not call.again(answer):
+                    return call.parse(answer)
+        except redis.RedisError as error:
+            raise_unavailable(self.address, error)
+            raise
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+class AsyncLedger:
+    """Runs calls on an asynchronous connection, from one event loop."""
+
+    def __init__(self, connection: redis.asyncio.Redis, keys: Keys) -> None:
+        self.connection = connection
+        self.keys = keys
+        self.address = address_of(connection)
+        self._execute: Any = connection.execute_command
+
+    @classmethod
+    def at(cls, url: str, keys: Keys, *, timeout_seconds: float = 5.0, retries: int = 3) -> Self:
+        """A ledger on connections of its own."""
+        return cls(connect_async(url, timeout_seconds=timeout_seconds, retries=retries), keys)
+
+    async def run(self, call: Call[T]) -> T:
+        """The answer of one call. Raises what the call raises, and RedisUnavailable."""
+        code = script(call.script)
+        arguments = (1, self.keys.prefix, *call.args)
+        try:
+            while True:
+                try:
+                    answer = await self._execute("EVALSHA", code.sha, *arguments)
+                except redis.exceptions.NoScriptError:
+                    answer = await self._execute("EVAL", code.source, *arguments)
+                if not call.again(answer):
+                    return call.parse(answer)
+        except redis.RedisError as error:
+            raise_unavailable(self.address, error)
+            raise
+
+    async def close(self) -> None:
+        await self.connection.aclose()
+
+
+def connect(url: str, *, timeout_seconds: float = 5.0, retries: int = 3) -> redis.Redis:
+    """A pool of connections to this server; it connects at the first use.
+
+    retries: how often a call that met a connection error is repeated, 20 ms to 0.5 s apart. All calls but `claim` may be
+    repeated without harm; a claim whose answer was lost stays claimed until its lease ends.
+    """
+    connection: redis.Redis = _from_url(redis.Redis, url, timeout_seconds, Retry(_backoff(), retries))
+    return connection
+
+
+def connect_async(url: str, *, timeout_seconds: float = 5.0, retries: int = 3) -> redis.asyncio.Redis:
+    """Like `connect`, for an event loop."""
+    connection: redis.asyncio.Redis = _from_url(
+        redis.asyncio.Redis, url, timeout_seconds, AsyncRetry(_backoff(), retries)
+    )
+    return connection
+
+
+def _backoff() -> ExponentialWithJitterBackoff:
+    return ExponentialWithJitterBackoff(base=0.02, cap=0.5)
+
+
+def _from_url(kind: Any, url: str, timeout_seconds: float, retry: object) -> Any:
+    try:
+        return kind.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=timeout_seconds,
+            socket_connect_timeout=timeout_seconds,
+            socket_keepalive=True,
+            retry=retry,
+        )
+    except ValueError as error:
+        raise InvalidSetting(
+            "REDIS_URL", f"{hide_password(url)!r} is not a Redis URL ({error})", "Use redis://host:port/db."
+        ) from error
+
+
+def raise_unavailable(address: str, error: Exception) -> None:
+    """Raise RedisUnavailable if the error says that the server cannot be reached or takes no writes now."""
+    if isinstance(error, _UNREACHABLE) or str(error).startswith(_REFUSING):
+        raise RedisUnavailable(address, error) from error
+
+
+def address_of(connection: redis.Redis | redis.asyncio.Redis) -> str:
+    """Where a connection leads, without its password."""
+    settings = connection.connection_pool.connection_kwargs
+    if path := settings.get("path"):
+        return f"unix://{path}"
+    return f"{settings.get('host', 'localhost')}:{settings.get('port', 6379)}/{settings.get('db') or 0}"
+
+
+def hide_password(url: str) -> str:
+    return re.sub(r"(?<=:)[^:/@]*(?=@)", "***", url)
