@@ -16,14 +16,15 @@ def worker_command(*arguments: str) -> list[str]:
 
     Raises InvalidSetting where the worker's packages are not installed.
     """
-    missing = [
-        name
-        for name in ("workers", "torch", "sentencepiece", "msgspec")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
+    if missing := missing_packages():
         raise InvalidSetting("glmq worker", f"{', '.join(missing)} not installed", "Install glmq[worker].")
     return [sys.executable, "-m", "workers", *arguments]
+
+
+def missing_packages() -> list[str]:
+    """Of those that a worker cannot do without."""
+    needed = ("workers", "torch", "sentencepiece", "msgspec")
+    return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
 def worker(context: typer.Context) -> None:
