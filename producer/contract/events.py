@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic_core import to_json
 
 CONTRACT_VERSION: Final = 1
 
@@ -106,7 +107,7 @@ _adapter: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator=
 
 def encode_event(event: Event) -> str:
     """The event as one line of compact JSON (no raw newline or tab in it)."""
-    return event.model_dump_json()
+    return to_json(event).decode()
 
 
 def decode_event(data: str | bytes) -> Event:

@@ -344,7 +344,7 @@ class Emission(NamedTuple):
 
 def emit(emissions: Iterable[Emission]) -> Call[list[EmitCode]]:
     """Append one flush's events to their streams and push them to their readers. A code each, in order."""
-    args: list[str | int] = []
+    lines: list[str] = []
     for request_id, attempt, event in emissions:
         if isinstance(event, Token):
             if not event.ids:
@@ -352,8 +352,8 @@ def emit(emissions: Iterable[Emission]) -> Call[list[EmitCode]]:
             before, index = event.index - len(event.ids), event.index
         else:
             before = index = -1
-        args += (request_id, attempt, before, index, encode_event(event))
-    return Call("emit", args, lambda codes: [EmitCode(code) for code in codes])
+        lines.append(f"{request_id}\t{attempt}\t{before}\t{index}\t{encode_event(event)}\n")
+    return Call("emit", ["".join(lines)], lambda codes: [EmitCode(code) for code in codes])
 
 
 def finish(request_id: str, attempt: int, event: Finished) -> Call[bool]:
