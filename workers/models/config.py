@@ -1,0 +1,177 @@
+"""What a checkpoint's config.json says, validated. Knows nothing about weights or torch.
+
+`ModelConfig` has the shape of the network; the ids of special tokens are the tokenizer's business, but what config.json
+claims about them is kept here, so that the two can be compared.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+CONFIG_FILE: Final = "config.json"
+
+Dtype = Literal["float16", "bfloat16", "float32"]
+ModelType = Literal["chatglm"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used. The message names the file, what was found and what to do."""
+
+    def __init__(self, path: Path | str, problem: str, remedy: str) -> None:
+        super().__init__(f"{path}: {problem}. {remedy}")
+        self.path = str(path)
+        self.problem = problem
+        self.remedy = remedy
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of a ChatGLM network (CHATGLM.md A1)."""
+
+    hidden_size: int
+    inner_hidden_size: int
+    num_layers: int
+    num_heads: int
+    vocab_size: int
+    """Rows of the embedding; more than the tokenizer has pieces."""
+    layernorm_eps: float = 1e-5
+    max_sequence_length: int = 2048
+    dtype: Dtype = "float16"
+    """Of the stored weights; the engine may compute in another one."""
+    tie_word_embeddings: bool = True
+    model_type: ModelType = "chatglm"
+    special_ids: dict[str, int] = field(default_factory=dict)
+    """What config.json says about bos, eos, pad, mask and gmask; a name is absent when the file has none."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_heads}"
+            )
+        if self.head_dim % 4:
+            raise ValueError(
+                f"a head of {self.head_dim} values cannot be rotated in two halves: it must be a multiple of 4"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_heads
+
+    @classmethod
+    def from_folder(cls, folder: Path | str) -> ModelConfig:
+        """Reads `config.json` in this folder.
+
+        Raises CheckpointError, which names the file and the field.
+        """
+        path = Path(folder) / CONFIG_FILE
+        return cls.from_fields(read_json(path, "config.json comes with every checkpoint"), path)
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any], path: Path | str = CONFIG_FILE) -> ModelConfig:
+        """The config with these fields; `path` is named in errors."""
+        model_type = fields.get("model_type", "chatglm")
+        if model_type != "chatglm" or "multi_query_attention" in fields:
+            raise CheckpointError(
+                path,
+                f"model_type {model_type!r} is not a ChatGLM-6B of the first generation",
+                "Use a checkpoint with ChatGLM-6B's architecture",
+            )
+        if not fields.get("position_encoding_2d", True):
+            raise CheckpointError(
+                path,
+                "position_encoding_2d is false",
+                "Only the two-dimensional positions of the released models are supported",
+            )
+        if fields.get("pre_seq_len") is not None:
+            raise CheckpointError(
+                path, "pre_seq_len is set: P-tuning is not supported", "Use the base checkpoint"
+            )
+        if fields.get("quantization_bit"):
+            raise CheckpointError(
+                path,
+                f"quantization_bit is {fields['quantization_bit']}: pre-quantized weights are not supported",
+                "Use the checkpoint with fp16 weights",
+            )
+        size = _Fields(fields, path)
+        try:
+            return cls(
+                hidden_size=size.positive_int("hidden_size"),
+                inner_hidden_size=size.positive_int("inner_hidden_size"),
+                num_layers=size.positive_int("num_layers"),
+                num_heads=size.positive_int("num_attention_heads"),
+                vocab_size=size.positive_int("vocab_size"),
+                layernorm_eps=size.positive_float("layernorm_epsilon", 1e-5),
+                max_sequence_length=size.positive_int("max_sequence_length", 2048),
+                dtype=size.dtype("torch_dtype", "float16"),
+                tie_word_embeddings=bool(fields.get("tie_word_embeddings", True)),
+                special_ids={
+                    name: size.positive_int(f"{name}_token_id")
+                    for name in ("bos", "eos", "pad", "mask", "gmask")
+                    if fields.get(f"{name}_token_id") is not None
+                },
+            )
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(path, str(error), "Correct the file or download it again") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Fields:
+    """Typed access to config.json, with errors that name the field."""
+
+    fields: dict[str, Any]
+    path: Path | str
+
+    def positive_int(self, name: str, default: int | None = None) -> int:
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self._wrong(name, value, "a positive integer")
+        return value
+
+    def positive_float(self, name: str, default: float) -> float:
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise self._wrong(name, value, "a positive number")
+        return float(value)
+
+    def dtype(self, name: str, default: Dtype) -> Dtype:
+        value = self._get(name, default)
+        if value not in ("float16", "bfloat16", "float32"):
+            raise self._wrong(name, value, "float16, bfloat16 or float32")
+        return cast(Dtype, value)
+
+    def _get(self, name: str, default: object) -> Any:
+        value = self.fields.get(name)
+        if value is None:
+            value = default
+        if value is None:
+            raise CheckpointError(self.path, f"{name} is missing", "Download the file again")
+        return value
+
+    def _wrong(self, name: str, value: object, expected: str) -> CheckpointError:
+        return CheckpointError(
+            self.path, f"{name} is {value!r}", f"It must be {expected}: correct the file or download it again"
+        )
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in this file. Raises CheckpointError, with this remedy when the file does not exist."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(path, "the file does not exist", f"{remedy}: check the folder") from None
+    except OSError as error:
+        raise CheckpointError(path, f"the file cannot be read ({error})", "Check its permissions") from error
+    except ValueError as error:
+        raise CheckpointError(path, f"the file is not valid JSON ({error})", "Download it again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(path, "the file does not hold a JSON object", "Download it again")
+    return data

@@ -1,0 +1,136 @@
+"""The operators of the layers in plain PyTorch: every device, every dtype, differentiable.
+
+They define what each operator means; faster versions are tested against them. Shapes: T tokens packed one after another,
+B sequences, N heads, D values a head, H = N * D.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """Layer normalisation over the last dimension. [T, H] -> [T, H]"""
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def residual_layer_norm(
+    branch: torch.Tensor,
+    normed: torch.Tensor,
+    alpha: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """LayerNorm(alpha * normed + branch): ChatGLM-6B's residual is the normalised input (CHATGLM.md A3).
+
+    [T, H], [T, H] -> [T, H]
+    """
+    return layer_norm(torch.add(branch, normed, alpha=alpha), weight, bias, eps)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """x / 2 * (1 + tanh(0.7978845608028654 * x * (1 + 0.044715 x^2)))"""
+    return F.gelu(x, approximate="tanh")
+
+
+def rotate_and_store(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    layer_keys: torch.Tensor | None,
+    layer_values: torch.Tensor | None,
+    slots: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Splits the fused projection, rotates queries and keys, and writes keys and values to the cache when there is one.
+
+    qkv: [T, 3H], for each head its D queries, D keys, D values. cos, sin: [max positions, D / 4] float32.
+    positions: [2, T] int64; the first row rotates the first half of a head, the second row the second (CHATGLM.md A4).
+    layer_keys, layer_values: [num_blocks, N, block_size, D]; slots: [T] int64, block * block_size + offset.
+    Returns q, k, v: [T, N, D].
+    """
+    num_tokens, width = qkv.shape
+    head_dim = cos.shape[1] * 4
+    heads = qkv.view(num_tokens, width // (3 * head_dim), 3 * head_dim)
+    q, k, v = heads.split(head_dim, dim=-1)
+    # [T, 1, 2, D/4]: one angle for each pair of values of each half.
+    angle_cos = cos[positions].transpose(0, 1).unsqueeze(1)
+    angle_sin = sin[positions].transpose(0, 1).unsqueeze(1)
+    q = _rotate(q, angle_cos, angle_sin)
+    k = _rotate(k, angle_cos, angle_sin)
+    if layer_keys is not None and layer_values is not None and slots is not None:
+        block_size = layer_keys.shape[2]
+        blocks = torch.div(slots, block_size, rounding_mode="floor")
+        offsets = slots - blocks * block_size
+        layer_keys[blocks, :, offsets] = k
+        layer_values[blocks, :, offsets] = v
+    return q, k, v
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Each half of a head rotated in NeoX's order: value j of a half goes with value j + D/4."""
+    num_tokens, num_heads, head_dim = x.shape
+    halves = x.reshape(num_tokens, num_heads, 2, 2, head_dim // 4).to(cos.dtype)
+    first, second = halves.unbind(-2)
+    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
+    return rotated.to(x.dtype).view(num_tokens, num_heads, head_dim)
+
+
+def attend_prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_starts: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    max_query_len: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of each sequence's tokens to each other: token i sees token j when j <= i or j < prefix_len.
+
+    q, k, v: [T, N, D]; query_starts: [B + 1]; prefix_lens: [B]. Returns [T, N, D].
+    """
+    starts = query_starts.tolist()
+    out = []
+    for begin, end, prefix_len in zip(starts, starts[1:], prefix_lens.tolist(), strict=False):
+        # [1, N, S, D]; with the prefix as long as the sequence, nothing is hidden.
+        one_q, one_k, one_v = (x[begin:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        if prefix_len > 0:
+            index = torch.arange(end - begin, device=q.device)
+            visible = (index <= index.unsqueeze(1)) | (index < prefix_len)
+            attended = F.scaled_dot_product_attention(one_q, one_k, one_v, attn_mask=visible, scale=scale)
+        else:
+            attended = F.scaled_dot_product_attention(one_q, one_k, one_v, is_causal=True, scale=scale)
+        out.append(attended.squeeze(0).transpose(0, 1))
+    return torch.cat(out)
+
+
+def attend_decode(
+    q: torch.Tensor,
+    layer_keys: torch.Tensor,
+    layer_values: torch.Tensor,
+    block_tables: torch.Tensor,
+    kv_lens: torch.Tensor,
+    max_kv_len: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one new token of each sequence to its cache, which already holds that token.
+
+    q: [B, N, D]; layer_keys, layer_values: [num_blocks, N, block_size, D]; block_tables: [B, max_blocks]; kv_lens: [B].
+    Returns [B, N, D].
+    """
+    batch_size, num_heads, head_dim = q.shape
+    block_size = layer_keys.shape[2]
+    num_blocks = -(-max_kv_len // block_size)
+    tables = block_tables[:, :num_blocks].long()
+    # [B, blocks, N, block_size, D] -> [B, N, kv, D]
+    shape = (batch_size, num_heads, num_blocks * block_size, head_dim)
+    keys = layer_keys[tables].transpose(1, 2).reshape(shape)
+    values = layer_values[tables].transpose(1, 2).reshape(shape)
+    index = torch.arange(num_blocks * block_size, device=q.device)
+    visible = (index < kv_lens.unsqueeze(1))[:, None, None, :]
+    # Blocks that hold nothing yet may hold anything, NaN included, and 0 * NaN would spread it.
+    values.masked_fill_(~visible.transpose(-1, -2), 0)
+    attended = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=visible, scale=scale)
+    return attended.squeeze(2)

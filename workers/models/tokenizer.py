@@ -1,0 +1,264 @@
+"""ChatGLM-6B's tokenizer over sentencepiece: text to ids, ids to text, a conversation to a prompt (CHATGLM.md A8, A9).
+
+Text of a user never produces a special token: only `build_prompt` adds them. Knows nothing about weights; needs no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from workers.models.config import CheckpointError, ModelConfig
+from workers.models.pieces import PieceError, PieceModel, PieceType, white_space_of
+
+MODEL_FILE: Final = "ice_text.model"
+
+UNKNOWN_TEXT: Final = " ⁇ "
+"""What sentencepiece writes for its unknown piece."""
+REPLACEMENT: Final = "\ufffd"
+"""For each byte that belongs to no character."""
+
+TRAINING_TIME: Final = "[[训练时间]]"
+_SPACE_MARK: Final = "▁"
+_FULL_WIDTH: Final = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+_MARKS_BESIDE_CJK: Final = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
+
+
+class Tokenizer:
+    """The tokenizer of one checkpoint.
+
+    All ids here are the network's. They are the model file's, shifted by `first_id`: 0, but 20000 in the first release
+    of ChatGLM-6B, which kept that many ids for images.
+    """
+
+    def __init__(self, pieces: PieceModel, special_ids: dict[str, int] | None = None) -> None:
+        """`special_ids` is what config.json says about them. Raises ValueError when the pieces do not agree."""
+        claimed = special_ids or {}
+        self._pieces = pieces
+        self.first_id = claimed["bos"] - _piece_id(pieces, "<sop>") if "bos" in claimed else 0
+        if self.first_id < 0:
+            raise ValueError(
+                f"bos_token_id is {claimed['bos']}, but <sop> is piece {_piece_id(pieces, '<sop>')}"
+            )
+        self.bos_id = self._special("<sop>", "bos", claimed)
+        self.eos_id = self._special("<eop>", "eos", claimed)
+        self.mask_id = self._special("[MASK]", "mask", claimed)
+        self.gmask_id = self._special("[gMASK]", "gmask", claimed)
+        self.pad_id = self.first_id + _piece_id(pieces, "<pad>")
+        self.surfaces = tuple(_surface(piece.text, piece.type) for piece in pieces.pieces)
+        """What each piece adds to a text, by piece id; "" for a byte piece, whose value is in `byte_values`."""
+        self.byte_values = tuple(
+            int(piece.text[3:-1], 16) if piece.type is PieceType.BYTE else -1 for piece in pieces.pieces
+        )
+        """The byte of each byte piece, by piece id; -1 for other pieces."""
+        self.starts_with_space = frozenset(
+            index
+            for index, piece in enumerate(pieces.pieces)
+            if piece.text.startswith(_SPACE_MARK) and piece.type not in (PieceType.CONTROL, PieceType.UNKNOWN)
+        )
+        """Piece ids whose first space is dropped at the start of a text."""
+        self.strips_first_space = pieces.adds_dummy_prefix or pieces.removes_extra_spaces
+        self.strips_all_first_spaces = pieces.removes_extra_spaces
+
+    @classmethod
+    def from_folder(cls, folder: Path | str, config: ModelConfig | None = None) -> Tokenizer:
+        """The tokenizer of the checkpoint in this folder.
+
+        Raises CheckpointError, which names the file.
+        """
+        config = config or ModelConfig.from_folder(folder)
+        path = Path(folder) / MODEL_FILE
+        try:
+            model_proto = path.read_bytes()
+        except FileNotFoundError:
+            raise CheckpointError(
+                path,
+                "the file does not exist",
+                "It is the sentencepiece model that comes with the checkpoint: download it",
+            ) from None
+        except OSError as error:
+            raise CheckpointError(
+                path, f"the file cannot be read ({error})", "Check its permissions"
+            ) from error
+        try:
+            tokenizer = cls(PieceModel(model_proto), config.special_ids)
+        except PieceError as error:
+            raise CheckpointError(path, str(error), "Download it again") from error
+        except ValueError as error:
+            raise CheckpointError(
+                path, f"it does not belong to config.json: {error}", "Take both files from the same release"
+            ) from error
+        if tokenizer.end_id > config.vocab_size:
+            raise CheckpointError(
+                path,
+                f"it has pieces up to id {tokenizer.end_id - 1}, but config.json has vocab_size {config.vocab_size}",
+                "Take both files from the same release",
+            )
+        return tokenizer
+
+    def _special(self, piece: str, name: str, claimed: dict[str, int]) -> int:
+        id_ = self.first_id + _piece_id(self._pieces, piece)
+        if claimed.get(name, id_) != id_:
+            raise ValueError(f"{name}_token_id is {claimed[name]}, but {piece} has id {id_}")
+        return id_
+
+    @property
+    def end_id(self) -> int:
+        """Ids from `first_id` up to this one can be decoded; the embedding has more rows."""
+        return self.first_id + len(self._pieces)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of this text alone: no special token, whatever it contains."""
+        ids = self._pieces.encode(text)
+        return [id_ + self.first_id for id_ in ids] if self.first_id else ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of this text, then [gMASK] and <sop>, after which the model answers."""
+        return [*self.encode(text), self.gmask_id, self.bos_id]
+
+    def build_prompt(self, query: str, history: Iterable[tuple[str, str]] = ()) -> list[int]:
+        """Ids of the prompt for `query` after these turns (question, answer), oldest first."""
+        return self.encode_prompt(chat_text(query, tuple(history)))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids. Raises ValueError for an id that no piece has.
+
+        Control tokens leave nothing, an unknown piece leaves " ⁇ ", a byte outside a character U+FFFD; then
+        `clean_up_spaces`.
+        """
+        joiner = PieceJoiner(self)
+        return clean_up_spaces("".join([joiner.add(id_) for id_ in ids]) + joiner.finish())
+
+
+class PieceJoiner:
+    """Ids to text one by one, as sentencepiece joins pieces; bytes are held back until they make a character."""
+
+    __slots__ = ("_byte_values", "_bytes", "_first_id", "_is_at_start", "_pad_id", "_surfaces", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._surfaces = tokenizer.surfaces
+        self._byte_values = tokenizer.byte_values
+        self._first_id = tokenizer.first_id
+        self._pad_id = tokenizer.pad_id
+        self._bytes = b""
+        self._is_at_start = tokenizer.strips_first_space
+
+    def add(self, id_: int) -> str:
+        """The text that has become certain with this id. Raises ValueError for an id that no piece has."""
+        piece = id_ - self._first_id
+        if not 0 <= piece < len(self._surfaces):
+            raise ValueError(f"id {id_} is no token of this model")
+        if id_ == self._pad_id:
+            return ""  # removed before anything is joined: bytes on its two sides can make one character
+        byte = self._byte_values[piece]
+        if byte >= 0:
+            self._is_at_start = False
+            text, self._bytes = split_utf8(self._bytes + bytes((byte,)))
+            return text
+        text = self._surfaces[piece]
+        if self._is_at_start and text:
+            # The space that stands before the first word is no part of the text.
+            if piece in self._tokenizer.starts_with_space:
+                text = text.removeprefix(" ")
+            self._is_at_start = self._tokenizer.strips_all_first_spaces and not text
+        if self._bytes:
+            text = REPLACEMENT * len(self._bytes) + text
+            self._bytes = b""
+        return text
+
+    def finish(self) -> str:
+        """What is still held back, once no more ids come."""
+        text = REPLACEMENT * len(self._bytes)
+        self._bytes = b""
+        return text
+
+
+def split_utf8(data: bytes) -> tuple[str, bytes]:
+    """(text that is certain, bytes at the end that may still become a character).
+
+    Each byte that can belong to no character becomes one U+FFFD, as in sentencepiece.
+    """
+    out = []
+    while data:
+        length = _sequence_len(data[0])
+        try:
+            out.append(data[:length].decode("utf-8"))
+        except UnicodeDecodeError as error:
+            if length and len(data) < length and error.reason == "unexpected end of data":
+                break
+            out.append(REPLACEMENT)
+            length = 1
+        data = data[length:]
+    return "".join(out), data
+
+
+def _sequence_len(lead: int) -> int:
+    """Bytes of the character that begins with this byte; 1 for a byte that begins none."""
+    if lead < 0xC0:
+        return 1
+    return 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+
+
+# --- the model card's chat -------------------------------------------------------------------------------------------
+
+
+def chat_text(query: str, history: Sequence[tuple[str, str]]) -> str:
+    """The text of a prompt: the query itself, or all turns in ChatGLM's rounds."""
+    if not history:
+        return query
+    rounds = [
+        f"[Round {index}]\n问：{question}\n答：{answer}\n" for index, (question, answer) in enumerate(history)
+    ]
+    return "".join([*rounds, f"[Round {len(history)}]\n问：{query}\n答："])
+
+
+def clean_up_spaces(text: str) -> str:
+    """transformers' `clean_up_tokenization`, which ChatGLM-6B's tokenizer applies to what it decodes."""
+    for before, after in _CLEAN_UP:
+        text = text.replace(before, after)
+    return text
+
+
+# The order matters: " ' " may leave a space before what is a contraction then.
+_CLEAN_UP: Final = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+
+
+def widen_marks(text: str) -> str:
+    """ASCII marks beside a Chinese character become full-width ones."""
+    return _MARKS_BESIDE_CJK.sub(lambda match: _FULL_WIDTH[match[0]], text)
+
+
+def process_response(text: str) -> str:
+    """The model card's clean-up of a decoded answer."""
+    return widen_marks(text.strip().replace(TRAINING_TIME, "2023年"))
+
+
+def _surface(text: str, kind: PieceType) -> str:
+    if kind in (PieceType.CONTROL, PieceType.BYTE):
+        return ""
+    if kind is PieceType.UNKNOWN:
+        return UNKNOWN_TEXT
+    if kind is PieceType.USER_DEFINED and (white_space := white_space_of(text)) is not None:
+        return white_space
+    return text.replace(_SPACE_MARK, " ")
+
+
+def _piece_id(pieces: PieceModel, text: str) -> int:
+    piece_id = pieces.id_of(text)
+    if piece_id is None:
+        raise ValueError(f"the model file has no piece {text}")
+    return piece_id
