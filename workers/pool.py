@@ -83,8 +83,8 @@ class TicketTaker(Protocol):
     def resize(self, slots: int) -> None:
         """Work on at most so many requests at a time."""
 
-    def begin_drain(self) -> None:
-        """Start nothing new."""
+    def drain(self) -> None:
+        """Start nothing new. The second call means: do not wait for what runs either."""
 
     def stop(self) -> None:
         """Finish within the grace time or give back what runs, then end everything that `start` began."""
@@ -133,9 +133,6 @@ class EnginePool(BasePool):  # type: ignore[misc]
     def register_with_event_loop(self, loop: Any) -> None:
         """Called again after each reconnect."""
         self._hub = loop
-
-    def on_close(self) -> None:
-        self._taker.begin_drain()
 
     def on_stop(self) -> None:
         """The hub does not run any more: what the taker completes here reaches Celery from the taker's own threads."""

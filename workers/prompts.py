@@ -6,11 +6,11 @@ It counts in tokens and knows the context's size; it knows nothing about queues 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from producer.contract import Request, SummaryRequest, Turn
+from producer.contract import Request, SummaryRequest
 from workers.engine.messages import Sampling
 
 _HAN = re.compile("[㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f]")
@@ -32,7 +32,7 @@ _TEMPLATES: Final = {
 class PromptTokenizer(Protocol):
     """What prompts need of a tokenizer."""
 
-    def chat_prompt_ids(self, query: str, history: Sequence[Turn]) -> list[int]:
+    def build_prompt(self, query: str, history: Iterable[tuple[str, str]] = ()) -> list[int]:
         """The whole prompt of a chat, with its special tokens."""
 
 
@@ -70,11 +70,11 @@ class Prompts:
         """
         self._check_adapter(request.adapter)
         if isinstance(request, SummaryRequest):
-            ids = self.tokenizer.chat_prompt_ids(summary_query(request), ())
+            ids = self.tokenizer.build_prompt(summary_query(request))
             wanted = request.sampling.max_new_tokens
             wanted = request.max_length if wanted is None else min(wanted, request.max_length)
         else:
-            ids = self.tokenizer.chat_prompt_ids(request.query, request.history)
+            ids = self.tokenizer.build_prompt(request.query, request.history)
             wanted = request.sampling.max_new_tokens
         left = self.context_len - len(ids)
         if left < 1:
@@ -99,7 +99,7 @@ class Prompts:
         )
         if isinstance(request, SummaryRequest):
             return f"text: {numbers}. Summarize it in pieces."
-        query_len = len(self.tokenizer.chat_prompt_ids(request.query, ()))
+        query_len = len(self.tokenizer.build_prompt(request.query))
         if request.history and query_len < self.context_len:
             return (
                 f"history: {numbers}; the query alone makes {query_len}. "

@@ -9,12 +9,15 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
-from producer.contract import Failed, Finished, Request, Timings, Usage
+from producer.contract import Failed, Finished, Timings, Usage
 from workers.pool import Ticket
 
 EndReason = Literal["stop", "length", "cancelled"]
+RELEASED: Final = "released"
+"""Not an end for the reader: the request goes back to the queue, and another attempt goes on from its last token."""
+End = EndReason | Literal["released"] | Failed
 
 
 class AnswerDetokenizer(Protocol):
@@ -35,7 +38,6 @@ class RunningRequest:
     request_id: str
     attempt: int
     """The fencing token: whatever this worker writes for the request carries it."""
-    request: Request
     ticket: Ticket | None
     """Completed when the request ends; None when the worker found the request without one."""
     queue_seconds: float
@@ -51,8 +53,14 @@ class RunningRequest:
     """Tokens that the ledger has, or is being given at this moment."""
     is_started_published: bool = False
     first_token: float | None = None
-    end: Finished | Failed | None = None
-    """Its last event, once it is known; it is published after all tokens."""
+    deadline: float = float("inf")
+    """On the monotonic clock: aborted then."""
+    end: End | None = None
+    """Why it is over, once it is; published after all tokens."""
+
+    @property
+    def is_known_to_engine(self) -> bool:
+        return self.sequence_id > 0
 
     @property
     def text(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import pytest
 
@@ -15,8 +15,8 @@ SEEDED = SamplingParams(seed=7)
 class CharacterTokenizer:
     """One token a character, two special ones at the end: lengths can be counted by eye."""
 
-    def chat_prompt_ids(self, query: str, history: Sequence[Turn]) -> list[int]:
-        text = "".join(f"{turn.query}{turn.answer}" for turn in history) + query
+    def build_prompt(self, query: str, history: Iterable[tuple[str, str]] = ()) -> list[int]:
+        text = "".join(question + answer for question, answer in history) + query
         return [ord(character) for character in text] + [-1, -2]
 
 
@@ -116,7 +116,8 @@ def test_the_language_is_that_of_most_letters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_length", "max_new_tokens", "resolved"), [(20, None, 20), (20, 10, 10), (20, 30, 20), (5000, None, 42)]
+    ("max_length", "max_new_tokens", "resolved"),
+    [(20, None, 20), (20, 10, 10), (20, 30, 20), (5000, None, 42)],
 )
 def test_a_summary_is_at_most_max_length_tokens_long(
     prompts: Prompts, max_length: int, max_new_tokens: int | None, resolved: int

@@ -1,0 +1,305 @@
+"""Takes work while there are free slots: tickets as they come, and a look of its own now and then, so that a lost ticket costs a moment.
+
+A claimed request gets its prompt and goes to the engine. Knows Celery only as tickets; what comes out of the engine is the publisher's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from redis.exceptions import RedisError
+
+from producer.contract import (
+    Failed,
+    IdempotencyConflict,
+    InvalidRequest,
+    RedisUnavailable,
+    UnknownRequest,
+    decode_request,
+)
+from producer.ledger import Claim, Ledger, calls
+from workers.engine.client import EngineDied
+from workers.engine.messages import Generate
+from workers.pool import Ticket
+from workers.prompts import Prompts, Refusal
+from workers.publisher import Publisher
+from workers.running import RELEASED, AnswerDetokenizer, RunningRequest, RunningRequests
+from workers.settings import WorkerSettings
+from workers.tasks import carries_request, request_of
+
+logger = logging.getLogger(__name__)
+
+NewDetokenizer = Callable[[Sequence[str], Sequence[int]], AnswerDetokenizer]
+"""From stop strings and the ids that were emitted already."""
+
+
+class Claims:
+    """Fills the slots. `generate` hands a sequence to the engine."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        running: RunningRequests,
+        publisher: Publisher,
+        settings: WorkerSettings,
+        *,
+        generate: Callable[[Generate], None],
+        new_detokenizer: NewDetokenizer,
+        end_id: int,
+    ) -> None:
+        self._ledger = ledger
+        self._running = running
+        self._publisher = publisher
+        self._settings = settings
+        self._generate = generate
+        self._new_detokenizer = new_detokenizer
+        self._end_id = end_id
+        self._sequence_ids = itertools.count(1)
+        self._slots = settings.slots
+        self._prompts: Prompts | None = None
+        self._wake = threading.Condition()
+        self._arrived: deque[Ticket] = deque()
+        """Tickets with a request that the ledger does not know yet."""
+        self._tickets: deque[Ticket] = deque()
+        self._next_look = 0.0
+        self._is_draining = False
+        self._is_stopping = False
+        self._has_lost_claim = False
+        self._thread = threading.Thread(target=self._run, name="claims", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Claim nothing more; tickets that are still here were not acknowledged, and go back to the broker."""
+        with self._wake:
+            self._is_draining = self._is_stopping = True
+            self._wake.notify()
+        self._thread.join(5)
+
+    # --- from any thread --------------------------------------------------------------------------------------------
+
+    def take(self, ticket: Ticket) -> None:
+        with self._wake:
+            (self._arrived if carries_request(ticket.task_name) else self._tickets).append(ticket)
+            self._wake.notify()
+
+    def resize(self, slots: int) -> None:
+        with self._wake:
+            self._slots = slots
+            self._wake.notify()
+
+    @property
+    def slots(self) -> int:
+        return self._slots
+
+    def open(self, prompts: Prompts) -> None:
+        """The engine is ready, and this is how prompts are built for it."""
+        with self._wake:
+            self._prompts = prompts
+            self._next_look = 0.0
+            self._wake.notify()
+
+    def close(self) -> None:
+        """There is no engine for the time being."""
+        with self._wake:
+            self._prompts = None
+
+    def drain(self) -> None:
+        """Claim nothing more."""
+        with self._wake:
+            self._is_draining = True
+
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
+    def on_free_slot(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
+    # --- the thread -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        pause = 0.05
+        while not self._is_stopping:
+            try:
+                if not (self._register_next() or self._claim_next()):
+                    self._wait()
+                pause = 0.05
+            except (RedisUnavailable, RedisError) as error:
+                if pause >= 1:
+                    logger.warning("cannot claim: %s", error)
+                time.sleep(pause)
+                pause = min(2 * pause, 1.0)
+            except Exception:  # the loop is a boundary
+                logger.exception("claiming failed")
+                time.sleep(1)
+
+    def _wait(self) -> None:
+        with self._wake:
+            if self._is_stopping or self._arrived:
+                return
+            if not self._may_claim():
+                self._wake.wait()
+            elif not self._tickets:
+                self._wake.wait(max(self._next_look - time.monotonic(), 0))
+
+    def _may_claim(self) -> bool:
+        return self._prompts is not None and not self._is_draining and len(self._running) < self._slots
+
+    def _register_next(self) -> bool:
+        """Put the request of one plain task into the ledger; from then on its message is a ticket like any other."""
+        with self._wake:
+            if not self._arrived or self._is_draining:
+                return False
+            ticket = self._arrived[0]
+        is_registered = self._register(ticket)
+        with self._wake:
+            self._arrived.popleft()
+            if is_registered:
+                self._tickets.append(ticket)
+        if not is_registered:
+            ticket.complete()
+        return True
+
+    def _register(self, ticket: Ticket) -> bool:
+        """False: there is nothing to do for it. Raises what Redis raises; then nothing is lost, and it is tried again."""
+        model, retention = self._settings.model, self._settings.queue.retention_seconds
+        request_id = ticket.task_id
+        try:
+            request = request_of(ticket.task_name, ticket.args, ticket.kwargs, model=model)
+            self._ledger.run(
+                calls.submit(request, model=model, request_id=request_id, retention_seconds=retention)
+            )
+        except InvalidRequest as error:
+            logger.info("request %s: refused, %s: %s", request_id, error.field, error.problem)
+            failed = Failed(code="invalid_request", message=str(error))
+            try:
+                self._ledger.run(
+                    calls.refuse(request_id, ticket.kwargs, failed, model=model, retention_seconds=retention)
+                )
+            except InvalidRequest:
+                logger.warning("task id %r cannot be a request id: nobody can be told", request_id)
+            return False
+        except IdempotencyConflict:
+            logger.warning("request %s: exists already, with another body; this one is dropped", request_id)
+            return False
+        return True
+
+    def _claim_next(self) -> bool:
+        """Claim one request, for a ticket or because it is time to look. False: nothing to do now."""
+        with self._wake:
+            if not self._may_claim():
+                return False
+            ticket = self._tickets.popleft() if self._tickets else None
+            if ticket is None and time.monotonic() < self._next_look:
+                return False
+        try:
+            claim = self._claim()
+        except Exception:
+            if ticket is not None:
+                with self._wake:
+                    self._tickets.appendleft(ticket)
+            raise
+        if claim is not None:
+            if ticket is not None:
+                ticket.accept()
+            self._begin(claim, ticket)
+            return True
+        if ticket is not None:
+            # Somebody else was faster, or the ticket came twice.
+            ticket.complete()
+            return True
+        self._next_look = time.monotonic() + self._settings.look_seconds
+        return False
+
+    def _claim(self) -> Claim | None:
+        if self._has_lost_claim:
+            self._release_lost_claims()
+            self._has_lost_claim = False
+        try:
+            return self._ledger.run(
+                calls.claim(self._settings.model, self._settings.worker_id, self._settings.lease_seconds)
+            )
+        except (RedisUnavailable, RedisError):
+            self._has_lost_claim = True
+            raise
+
+    def _release_lost_claims(self) -> None:
+        """A claim whose answer was lost may have been made: nobody else would touch that request while its lease lasts."""
+        worker_id = self._settings.worker_id
+        held: set[str] = set(self._ledger.connection.smembers(self._ledger.keys.running(worker_id)))  # type: ignore[arg-type]
+        for request_id in held:
+            if self._running.get(request_id) is not None:
+                continue
+            try:
+                status = self._ledger.run(calls.status(request_id))
+            except UnknownRequest:
+                continue
+            if status.state == "running" and status.worker == worker_id:
+                logger.info("request %s: claimed without knowing it; released", request_id)
+                self._ledger.run(calls.release(request_id, status.attempt))
+
+    def _begin(self, claim: Claim, ticket: Ticket | None) -> None:
+        """Build the prompt and hand it to the engine; whatever is wrong with the request ends only the request."""
+        running = RunningRequest(
+            claim.request_id,
+            claim.attempt,
+            ticket,
+            claim.queue_seconds,
+            token_ids=list(claim.emitted_ids),
+            texts=list(claim.emitted_texts),
+            num_published=len(claim.emitted_ids),
+        )
+        if claim.deadline_seconds is not None:
+            running.deadline = running.claimed + claim.deadline_seconds
+        self._running.add(running)
+        try:
+            self._hand_over(running, claim)
+        except Refusal as refusal:
+            self._publisher.end(running, Failed(code=refusal.code, message=refusal.message))
+        except InvalidRequest as error:
+            self._publisher.end(running, Failed(code="invalid_request", message=str(error)))
+        except Exception:  # one request is a boundary
+            logger.exception("request %s: could not be begun", claim.request_id)
+            message = (
+                "The worker could not begin it; its log says why. Submit it again once that is repaired."
+            )
+            self._publisher.end(running, Failed(code="internal_error", message=message))
+
+    def _hand_over(self, running: RunningRequest, claim: Claim) -> None:
+        prompts = self._prompts
+        if prompts is None:
+            # The engine died between the look and the claim.
+            self._publisher.end(running, RELEASED)
+            return
+        request = decode_request(claim.request)
+        prompt = prompts.build(request)
+        running.prompt_len = len(prompt.ids)
+        running.detokenizer = self._new_detokenizer(request.sampling.stop, claim.emitted_ids)
+        if claim.emitted_ids:
+            # An earlier attempt may have said everything and died before it could say so.
+            if claim.emitted_ids[-1] == self._end_id or running.detokenizer.stopped:
+                self._publisher.end(running, "stop")
+                return
+            if len(claim.emitted_ids) >= prompt.sampling.max_new_tokens:
+                self._publisher.end(running, "length")
+                return
+        sequence_id = next(self._sequence_ids)
+        with self._running.lock:
+            if running.end is not None:
+                return
+            self._running.bind(running, sequence_id)
+        generate = Generate(sequence_id, prompt.ids, prompt.sampling, list(claim.emitted_ids), prompt.adapter)
+        try:
+            self._generate(generate)
+        except EngineDied:
+            self._publisher.end(running, RELEASED)
+        else:
+            self._publisher.on_started()

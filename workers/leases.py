@@ -1,0 +1,114 @@
+"""Keeps what this worker has claimed, from a thread of its own, so that a long prefill cannot lose it.
+
+An engine that has work and makes no progress gets no renewal: whoever is stuck must not hold on to requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from redis.exceptions import RedisError
+
+from producer.contract import Failed, RedisUnavailable
+from producer.ledger import Ledger, calls
+from workers.publisher import Publisher
+from workers.running import RunningRequests
+
+logger = logging.getLogger(__name__)
+
+RENEWALS_PER_LEASE = 4
+
+_OVERDUE = Failed(
+    code="deadline_exceeded",
+    message="Its deadline passed before the answer was complete. Give it more time, or ask for fewer tokens.",
+)
+
+
+class Leases:
+    """Renews all leases in one call, and with them what the worker says of itself (`about`)."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        running: RunningRequests,
+        publisher: Publisher,
+        worker_id: str,
+        *,
+        lease_seconds: float,
+        about: Callable[[], Mapping[str, str | int | float]],
+        is_stuck: Callable[[], bool],
+    ) -> None:
+        self._ledger = ledger
+        self._running = running
+        self._publisher = publisher
+        self._worker_id = worker_id
+        self._lease_seconds = lease_seconds
+        self._about = about
+        self._is_stuck = is_stuck
+        self._is_reachable = True
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; `glmq status` does not show the worker any more."""
+        self._stop.set()
+        self._thread.join(5)
+        keys, connection = self._ledger.keys, self._ledger.connection
+        try:
+            connection.zrem(keys.workers, self._worker_id)
+            connection.delete(keys.worker(self._worker_id))
+        except RedisError as error:
+            logger.debug("cannot sign off: %s", error)
+
+    def _run(self) -> None:
+        was_stuck = False
+        while not self._stop.is_set():
+            begin = time.monotonic()
+            try:
+                self._abort_overdue(begin)
+                is_stuck = self._is_stuck()
+                if is_stuck and not was_stuck:
+                    logger.error("the engine makes no progress: leases are not renewed")
+                was_stuck = is_stuck
+                if not is_stuck:
+                    self.renew()
+            except Exception:  # the loop is a boundary
+                logger.exception("renewing failed")
+            self._stop.wait(max(self._lease_seconds / RENEWALS_PER_LEASE - (time.monotonic() - begin), 0.01))
+
+    def renew(self) -> None:
+        """One sign of life, now."""
+        held = [(running.request_id, running.attempt) for running in self._running]
+        try:
+            renewal = self._ledger.run(
+                calls.renew(self._worker_id, held, self._lease_seconds, about=self._about())
+            )
+        except (RedisUnavailable, RedisError) as error:
+            if self._is_reachable:
+                logger.warning("leases cannot be renewed: %s", error)
+            self._is_reachable = False
+            return
+        if not self._is_reachable:
+            logger.info("leases are renewed again")
+        self._is_reachable = True
+        for request_id in renewal.lost:
+            running = self._running.get(request_id)
+            # With an end: it was being published while the renewal was under way.
+            if running is not None and running.end is None:
+                logger.info("request %s: attempt %d lost it", request_id, running.attempt)
+                self._publisher.drop(running)
+        for request_id in renewal.cancelled:
+            running = self._running.get(request_id)
+            if running is not None:
+                self._publisher.end(running, "cancelled")
+
+    def _abort_overdue(self, now: float) -> None:
+        for running in self._running:
+            if running.deadline <= now:
+                self._publisher.end(running, _OVERDUE)

@@ -1,0 +1,243 @@
+"""Token ids to text, and text to the readers: one fenced flush for all running requests, from a thread of its own.
+
+Text waits here while Redis is down. It needs no bound of its own: nothing is claimed meanwhile, and what runs ends at the context's length.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from redis.exceptions import RedisError
+
+from producer.contract import Failed, RedisUnavailable, Started, Token
+from producer.ledger import Emission, EmitCode, Ledger, calls
+from workers.engine.messages import Refused, Step
+from workers.running import RELEASED, End, RunningRequest, RunningRequests
+from workers.speed import Speed
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_RETRY_SECONDS = 1.0
+"""Between two attempts to reach Redis."""
+
+
+class Publisher:
+    """Writes what the engine says into the ledger, in the order in which it came, and ends requests.
+
+    `abort` makes the engine forget a sequence; `on_gone` is told of each request that is no longer this worker's.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        running: RunningRequests,
+        worker_id: str,
+        *,
+        abort: Callable[[int], None],
+        on_gone: Callable[[RunningRequest], None],
+        flush_seconds: float,
+    ) -> None:
+        self._ledger = ledger
+        self._running = running
+        self._worker_id = worker_id
+        self._abort = abort
+        self._on_gone = on_gone
+        self._flush_seconds = flush_seconds
+        self._wake = threading.Condition()
+        self._has_news = False
+        self._is_urgent = False
+        self._is_stopping = False
+        self._give_up_at = float("inf")
+        self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+        self.speed = Speed()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """Publish what there is, for at most so many seconds, and end."""
+        with self._wake:
+            self._give_up_at = time.monotonic() + timeout
+            self._is_stopping = True
+            self._wake.notify()
+        self._thread.join(timeout + 2)
+
+    # --- what becomes known, from any thread ------------------------------------------------------------------------
+
+    def on_step(self, step: Step) -> None:
+        """The engine made tokens."""
+        is_urgent = False
+        with self._running.lock:
+            for sequence_id, token_id, reason in zip(
+                step.sequence_ids, step.token_ids, step.finish_reasons, strict=True
+            ):
+                running = self._running.of_sequence(sequence_id)
+                # Unknown: aborted a moment ago, and the engine had not heard of it yet.
+                if running is not None:
+                    is_urgent |= running.first_token is None
+                    self._add_token(running, token_id, reason)
+        self.speed.count(len(step.token_ids))
+        self._notify(is_urgent=is_urgent)
+
+    def _add_token(self, running: RunningRequest, token_id: int, reason: str) -> None:
+        detokenizer = running.detokenizer
+        assert detokenizer is not None, "bound to a sequence without a detokenizer"
+        text = detokenizer.feed(token_id)
+        if detokenizer.stopped and not reason:
+            self._abort(running.sequence_id)
+            reason = "stop"
+        if reason:
+            # What was held back can be held back no longer: it belongs to this last token.
+            text += detokenizer.finish()
+        running.add(token_id, text)
+        if reason:
+            self._running.unbind(running)
+            running.end = "length" if reason == "length" else "stop"
+
+    def on_refused(self, refused: Refused) -> None:
+        """The engine will not run this sequence."""
+        with self._running.lock:
+            running = self._running.of_sequence(refused.sequence_id)
+        if running is not None:
+            self.end(running, Failed(code=refused.code, message=refused.message))
+
+    def end(self, running: RunningRequest, end: End) -> None:
+        """This request is over here, for a reason that did not come as a token. Does nothing if it has ended already."""
+        with self._running.lock:
+            if running.end is None:
+                self._abort_sequence(running)
+                running.end = end
+        self._notify(is_urgent=True)
+
+    def drop(self, running: RunningRequest) -> None:
+        """It is not this worker's any more: forget it without a word to the ledger."""
+        with self._running.lock:
+            self._abort_sequence(running)
+            is_ours = self._running.remove(running)
+        if is_ours:
+            self._on_gone(running)
+
+    def _abort_sequence(self, running: RunningRequest) -> None:
+        if self._running.of_sequence(running.sequence_id) is running:
+            self._running.unbind(running)
+            self._abort(running.sequence_id)
+
+    def on_started(self) -> None:
+        """A claimed request has been handed to the engine: its readers may know."""
+        self._notify(is_urgent=False)
+
+    def _notify(self, *, is_urgent: bool) -> None:
+        with self._wake:
+            self._has_news = True
+            self._is_urgent |= is_urgent
+            self._wake.notify()
+
+    # --- publishing, in the publisher's thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        last_flush = 0.0
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._has_news or self._is_stopping)
+                due = last_flush + self._flush_seconds - time.monotonic()
+                if due > 0:
+                    self._wake.wait_for(lambda: self._is_urgent or self._is_stopping, timeout=due)
+                self._has_news = self._is_urgent = False
+                is_stopping = self._is_stopping
+            last_flush = time.monotonic()
+            try:
+                self._flush()
+            except _GaveUp:
+                return
+            except Exception:  # the loop is a boundary: the other requests go on
+                logger.exception("publishing failed")
+                time.sleep(self._flush_seconds)
+            if is_stopping:
+                return
+
+    def _flush(self) -> None:
+        """Everything new, then the ends of those requests that have said everything."""
+        batch = self._collect()
+        if batch:
+            codes = self._insist(lambda: self._ledger.run(calls.emit(emission for _, emission in batch)))
+            for (running, emission), code in zip(batch, codes, strict=True):
+                self._settle(running, emission, code)
+        for running in self._running:
+            if running.end is not None and running.num_published == len(running.token_ids):
+                self._publish_end(running)
+
+    def _collect(self) -> list[tuple[RunningRequest, Emission]]:
+        """What the ledger does not have yet. A batch is sent until it is answered, so the next one starts after it."""
+        batch = []
+        with self._running.lock:
+            for running in self._running:
+                if not running.is_started_published and running.is_known_to_engine:
+                    running.is_started_published = True
+                    started = Started(
+                        attempt=running.attempt, worker=self._worker_id, prompt_tokens=running.prompt_len
+                    )
+                    batch.append((running, Emission(running.request_id, running.attempt, started)))
+                before, after = running.num_published, len(running.token_ids)
+                if after > before:
+                    running.num_published = after
+                    token = Token(
+                        index=after,
+                        ids=tuple(running.token_ids[before:]),
+                        texts=tuple(running.texts[before:]),
+                    )
+                    batch.append((running, Emission(running.request_id, running.attempt, token)))
+        return batch
+
+    def _settle(self, running: RunningRequest, emission: Emission, code: EmitCode) -> None:
+        match code:
+            case EmitCode.WRITTEN | EmitCode.ALREADY_WRITTEN:
+                pass
+            case EmitCode.CANCEL_ASKED:
+                self.end(running, "cancelled")
+            case EmitCode.FENCED:
+                logger.info("request %s: attempt %d lost it", running.request_id, running.attempt)
+                self.drop(running)
+            case _:
+                logger.error(
+                    "request %s: %s of %r; released", running.request_id, code.name, emission.event.type
+                )
+                self.end(running, RELEASED)
+
+    def _publish_end(self, running: RunningRequest) -> None:
+        end = running.end
+        assert end is not None, "only requests that have ended"
+        if isinstance(end, Failed):
+            call = calls.fail(running.request_id, running.attempt, end)
+        elif end == RELEASED:
+            call = calls.release(running.request_id, running.attempt)
+        else:
+            call = calls.finish(running.request_id, running.attempt, running.finished(end))
+        self._insist(lambda: self._ledger.run(call))
+        if self._running.remove(running):
+            self._on_gone(running)
+
+    def _insist(self, call: Callable[[], T]) -> T:
+        """The answer to this call, however long Redis is away. Every call here may be repeated."""
+        pause = 0.05
+        while True:
+            try:
+                return call()
+            except (RedisUnavailable, RedisError) as error:
+                if time.monotonic() > self._give_up_at:
+                    raise _GaveUp from error
+                if pause >= MAX_RETRY_SECONDS:
+                    logger.warning(
+                        "cannot publish, trying on (%d requests wait): %s", len(self._running), error
+                    )
+                time.sleep(pause)
+                pause = min(2 * pause, MAX_RETRY_SECONDS)
+
+
+class _GaveUp(Exception):
+    """Redis did not come back before the worker had to stop. The leases run out, and others go on."""

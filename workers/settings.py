@@ -1,0 +1,135 @@
+"""How one worker works: which checkpoint on which device, how many requests at a time, how long it waits for what.
+
+Read once, where the worker is composed. A bad value raises InvalidSetting, which names the variable.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, get_args
+
+from producer.contract import InvalidSetting
+from producer.settings import Settings
+from workers.engine.config import DtypeSetting
+
+DEMO_CHECKPOINT = Path(__file__).parent / "models" / "demo"
+DTYPES: tuple[DtypeSetting, ...] = get_args(DtypeSetting)
+
+
+def new_worker_id() -> str:
+    """Names the machine and the process; the random part keeps a restarted container apart from its predecessor."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """Settings of one worker. Times are in seconds."""
+
+    queue: Settings = field(default_factory=Settings)
+    """Where Redis is, and the names that all parts of a deployment share."""
+    model: str = ""
+    """The name under which requests ask for this model; empty: the deployment's."""
+    checkpoint: Path = DEMO_CHECKPOINT
+    device: str = "auto"
+    """auto, cpu, or cuda:N."""
+    dtype: DtypeSetting = "auto"
+    slots: int = 64
+    """Requests that are answered at the same time."""
+    context_len: int | None = None
+    """Tokens of prompt and answer together; None: the checkpoint's."""
+    cache_gib: float | None = None
+    """Memory for the KV cache; None: the engine decides."""
+    num_threads: int | None = None
+    """CPU threads of the engine; None: torch decides."""
+    worker_id: str = field(default_factory=new_worker_id)
+    lease_seconds: float = 2.0
+    """A worker that is silent for so long has lost its requests. Renewed four times in it."""
+    stall_seconds: float = 60.0
+    """An engine that has work and says nothing for so long is stuck: its leases are not renewed any more."""
+    look_seconds: float = 1.0
+    """How often a worker with free slots looks for work of which no ticket told it."""
+    flush_seconds: float = 0.03
+    """New tokens are published so often; the first one of an answer at once."""
+    grace_seconds: float = 25.0
+    """How long SIGTERM waits for running requests; what is not done then is released."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            object.__setattr__(self, "model", self.queue.model)
+        if self.device not in ("auto", "cpu", "cuda") and not (
+            self.device.startswith("cuda:") and self.device[5:].isdigit()
+        ):
+            raise InvalidSetting(
+                "GLMQ_DEVICE", f"{self.device!r} is no device", "Use auto, cpu, cuda or cuda:N."
+            )
+        if self.dtype not in DTYPES:
+            raise InvalidSetting(
+                "GLMQ_DTYPE", f"{self.dtype!r} is no dtype", f"Use one of {', '.join(DTYPES)}."
+            )
+        if not 1 <= self.slots <= 4096:
+            raise InvalidSetting("GLMQ_SLOTS", f"{self.slots} is out of range", "Use 1 to 4096.")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise InvalidSetting("GLMQ_THREADS", f"{self.num_threads} is out of range", "Use 1 or more.")
+        if self.context_len is not None and self.context_len < 16:
+            raise InvalidSetting("GLMQ_CONTEXT", f"{self.context_len} is too short", "Use 16 tokens or more.")
+        for name in (
+            "lease_seconds",
+            "stall_seconds",
+            "look_seconds",
+            "flush_seconds",
+            "grace_seconds",
+            "cache_gib",
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise InvalidSetting(
+                    f"GLMQ_{name.upper()}", f"{value} is no duration or size", "Use 0 or more."
+                )
+        if self.lease_seconds < 0.4:
+            raise InvalidSetting(
+                "GLMQ_LEASE_SECONDS", f"{self.lease_seconds} cannot be renewed in time", "Use 0.4 or more."
+            )
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
+        """Read GLMQ_* (and what `Settings` reads); `overrides` that are not None win."""
+        environ = os.environ if environ is None else environ
+        fields: dict[str, Any] = {"queue": Settings.from_environ(environ)}
+        for name, (variable, convert) in _VARIABLES.items():
+            text = environ.get(variable, "").strip()
+            if text:
+                fields[name] = _converted(variable, text, convert)
+        fields.update({name: value for name, value in overrides.items() if value is not None})
+        return cls(**fields)
+
+
+_VARIABLES: dict[str, tuple[str, type]] = {
+    "checkpoint": ("GLMQ_CHECKPOINT", Path),
+    "device": ("GLMQ_DEVICE", str),
+    "dtype": ("GLMQ_DTYPE", str),
+    "slots": ("GLMQ_SLOTS", int),
+    "context_len": ("GLMQ_CONTEXT", int),
+    "cache_gib": ("GLMQ_CACHE_GIB", float),
+    "num_threads": ("GLMQ_THREADS", int),
+    "worker_id": ("GLMQ_WORKER_ID", str),
+    "lease_seconds": ("GLMQ_LEASE_SECONDS", float),
+    "stall_seconds": ("GLMQ_STALL_SECONDS", float),
+    "look_seconds": ("GLMQ_LOOK_SECONDS", float),
+    "flush_seconds": ("GLMQ_FLUSH_SECONDS", float),
+    "grace_seconds": ("GLMQ_GRACE_SECONDS", float),
+}
+
+
+def _converted(variable: str, text: str, convert: type) -> Any:
+    try:
+        return convert(text)
+    except ValueError as error:
+        kind = {"int": "a whole number", "float": "a number"}.get(convert.__name__, convert.__name__)
+        raise InvalidSetting(
+            variable, f"{text!r} is not {kind}", f"Set it to {kind}, or unset it."
+        ) from error

@@ -1,0 +1,391 @@
+"""The composition root of a worker: every part is built and wired here, the engine is started and, if it dies, started again.
+
+Celery sees it as the one who takes the pool's tickets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+
+from producer.contract import Failed, GlmqError
+from producer.embedded import find_server
+from producer.ledger import Ledger, calls, connect
+from workers.app import create_app
+from workers.claims import Claims
+from workers.control import Control
+from workers.engine.client import EngineClient, EngineDied
+from workers.engine.config import EngineConfig
+from workers.engine.detokenizer import StreamDetokenizer
+from workers.engine.messages import Abort, Generate, Ready, Refused, Step
+from workers.foreground import run_celery, set_up_log
+from workers.leases import Leases
+from workers.models.config import CheckpointError
+from workers.models.tokenizer import Tokenizer
+from workers.pool import StartFailed, Ticket
+from workers.prompts import Prompts
+from workers.publisher import Publisher
+from workers.running import RELEASED, RunningRequest, RunningRequests
+from workers.settings import DTYPES, WorkerSettings
+from workers.tasks import carries_request
+
+logger = logging.getLogger(__name__)
+
+RESTART_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Waits before the engine is started again; the last one repeats."""
+FLUSH_AT_STOP_SECONDS = 5.0
+
+
+class Worker:
+    """One engine, and everything that lets it answer requests from the queue.
+
+    Raises GlmqError when Redis cannot be found, CheckpointError when the checkpoint's small files are not in order.
+    """
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self.redis_url = find_server(settings.queue)
+        self.name = settings.worker_id
+        self._tokenizer = Tokenizer.from_folder(settings.checkpoint)
+        keys = settings.queue.keys
+        timeout = settings.queue.redis_timeout_seconds
+        self._running = RunningRequests()
+        self._publisher = Publisher(
+            # A retry inside redis-py would hide that Redis is away, and hold up everybody's tokens.
+            Ledger.at(self.redis_url, keys, timeout_seconds=1.0, retries=0),
+            self._running,
+            self.name,
+            abort=self._abort,
+            on_gone=self._on_gone,
+            flush_seconds=settings.flush_seconds,
+        )
+        self._claims = Claims(
+            Ledger.at(self.redis_url, keys, timeout_seconds=timeout, retries=0),
+            self._running,
+            self._publisher,
+            settings,
+            generate=self._generate,
+            new_detokenizer=self._new_detokenizer,
+            end_id=self._tokenizer.eos_id,
+        )
+        self._leases = Leases(
+            Ledger.at(self.redis_url, keys, timeout_seconds=1.0, retries=0),
+            self._running,
+            self._publisher,
+            self.name,
+            lease_seconds=settings.lease_seconds,
+            about=self._about,
+            is_stuck=self._is_stuck,
+        )
+        self._control = Control(
+            connect(self.redis_url, timeout_seconds=2.0, retries=0), keys.control(self.name), self._on_cancel
+        )
+        self._engine: EngineClient | None = None
+        self._ready: Ready | None = None
+        self._failure: str | None = None
+        self._last_progress = time.monotonic()
+        self._started_at = time.time()
+        self._num_restarts = 0
+        self._hurry = threading.Event()
+        self._is_stopping = threading.Event()
+        self._state_changed = threading.Event()
+        self._supervisor = threading.Thread(target=self._supervise, name="engine", daemon=True)
+
+    # --- as the pool's ticket taker -----------------------------------------------------------------------------------
+
+    def start(self, check_interrupted: Callable[[], None]) -> None:
+        """Load the model, then begin to claim. Raises StartFailed, and what `check_interrupted` raises."""
+        self._publisher.start()
+        self._leases.start()
+        self._control.start()
+        self._supervisor.start()
+        try:
+            while self._ready is None:
+                check_interrupted()
+                if self._failure is not None:
+                    raise StartFailed(self._failure)
+                self._state_changed.wait(0.1)
+        except BaseException:
+            self._hurry.set()
+            self.stop()
+            raise
+        self._claims.start()
+
+    def take(self, ticket: Ticket) -> None:
+        self._claims.take(ticket)
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Cancel, through the ledger, what the ticket carries or holds a slot for."""
+        running = self._running.of_ticket(ticket)
+        if running is not None:
+            request_id = running.request_id
+        elif carries_request(ticket.task_name):
+            request_id = ticket.task_id
+        else:
+            return
+        threading.Thread(target=self._cancel, args=(request_id,), name="cancel", daemon=True).start()
+
+    def resize(self, slots: int) -> None:
+        self._claims.resize(slots)
+
+    def drain(self) -> None:
+        if self._claims.is_draining:
+            logger.info("stopping now: running requests are released")
+            self._hurry.set()
+        else:
+            logger.info("draining: %d requests are running", len(self._running))
+            self._claims.drain()
+
+    def stop(self) -> None:
+        self._claims.drain()
+        if not self._wait_until_idle(self.settings.grace_seconds):
+            logger.info("%d requests are released to other workers", len(self._running))
+        for running in self._running:
+            self._publisher.end(running, RELEASED)
+        self._wait_until_idle(FLUSH_AT_STOP_SECONDS, in_any_case=True)
+        self._is_stopping.set()
+        self._claims.stop()
+        self._control.stop()
+        self._leases.stop()
+        self._publisher.stop(FLUSH_AT_STOP_SECONDS)
+        if self._engine is not None:
+            self._engine.close()
+        logger.info("stopped")
+
+    def _wait_until_idle(self, seconds: float, *, in_any_case: bool = False) -> bool:
+        deadline = time.monotonic() + seconds
+        while len(self._running):
+            if time.monotonic() > deadline or (self._hurry.is_set() and not in_any_case):
+                return False
+            time.sleep(0.02)
+        return True
+
+    # --- the engine ---------------------------------------------------------------------------------------------------
+
+    def _supervise(self) -> None:
+        """Run the engine; when it dies, give its requests back and start it again."""
+        for attempt in range(sys.maxsize):
+            self._run_engine()
+            if self._is_stopping.is_set():
+                return
+            was_ready, self._ready = self._ready is not None, None
+            self._claims.close()
+            if not was_ready and attempt == 0:
+                # The operator's mistake rather than bad luck: a restart would not help.
+                self._state_changed.set()
+                return
+            num_lost = 0
+            for running in self._running:
+                num_lost += running.end is None
+                self._publisher.end(running, RELEASED)
+            self._num_restarts += 1
+            pause = RESTART_SECONDS[min(attempt, len(RESTART_SECONDS) - 1)]
+            logger.error(
+                "the engine died (%s): %d requests released, restarting in %.1f s",
+                self._failure,
+                num_lost,
+                pause,
+            )
+            if self._is_stopping.wait(pause):
+                return
+
+    def _run_engine(self) -> None:
+        """One life of the engine process."""
+        self._failure = None
+        try:
+            self._engine = EngineClient(engine_config(self.settings))
+            for message in self._engine.messages():
+                self._last_progress = time.monotonic()
+                match message:
+                    case Step():
+                        self._publisher.on_step(message)
+                    case Ready():
+                        self._on_ready(message)
+                    case Refused():
+                        self._publisher.on_refused(message)
+        except EngineDied as error:
+            self._failure = error.reason or str(error)
+        except Exception as error:  # the engine's output is a boundary: a new engine may do better
+            logger.exception("the engine's output could not be used")
+            self._failure = str(error)
+        finally:
+            if self._engine is not None:
+                self._engine.close()
+
+    def _on_ready(self, ready: Ready) -> None:
+        settings = self.settings
+        self._ready = ready
+        self._claims.open(Prompts(self._tokenizer, ready.context_len, frozenset(ready.adapters)))
+        self._state_changed.set()
+        logger.info(
+            "ready: model %s from %s, context %d tokens, %d slots, %s %s, KV cache %d tokens, loaded in %.1f s, queue %s, worker %s",
+            settings.model,
+            settings.checkpoint.name,
+            ready.context_len,
+            self._claims.slots,
+            ready.device,
+            ready.dtype,
+            ready.num_blocks * ready.block_size,
+            ready.load_seconds,
+            settings.queue.keys.celery_queue(settings.model),
+            self.name,
+        )
+
+    def _generate(self, generate: Generate) -> None:
+        """Raises EngineDied."""
+        if self._running.num_generating <= 1:
+            # It was idle: its silence until now was no lack of progress.
+            self._last_progress = time.monotonic()
+        if self._engine is not None:
+            self._engine.send(generate)
+
+    def _abort(self, sequence_id: int) -> None:
+        # A dead engine has forgotten it anyway.
+        if self._engine is not None:
+            with contextlib.suppress(EngineDied):
+                self._engine.send(Abort(sequence_id))
+
+    def _is_stuck(self) -> bool:
+        return (
+            self._running.num_generating > 0
+            and time.monotonic() - self._last_progress > self.settings.stall_seconds
+        )
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def _new_detokenizer(self, stop: Sequence[str], emitted_ids: Sequence[int]) -> StreamDetokenizer:
+        return StreamDetokenizer(self._tokenizer, stop=stop, emitted_ids=emitted_ids)
+
+    def _on_gone(self, running: RunningRequest) -> None:
+        """A request has left this worker: its slot is free."""
+        if running.ticket is not None:
+            running.ticket.complete()
+        self._claims.on_free_slot()
+        if running.end is not None:
+            end = running.end.code if isinstance(running.end, Failed) else running.end
+            seconds = time.monotonic() - running.claimed
+            logger.info(
+                "request %s: %s, %d + %d tokens in %.2f s",
+                running.request_id,
+                end,
+                running.prompt_len,
+                len(running.token_ids),
+                seconds,
+            )
+
+    def _on_cancel(self, request_id: str) -> None:
+        running = self._running.get(request_id)
+        # Not here yet, or not any more: the ledger knows, and says so with the next flush.
+        if running is not None:
+            self._publisher.end(running, "cancelled")
+
+    def _cancel(self, request_id: str) -> None:
+        ledger = Ledger.at(self.redis_url, self.settings.queue.keys, timeout_seconds=5.0)
+        try:
+            ledger.run(calls.cancel(request_id))
+        except GlmqError as error:
+            logger.warning("request %s: could not be cancelled: %s", request_id, error)
+        finally:
+            ledger.close()
+
+    def _about(self) -> dict[str, str | int | float]:
+        """What `glmq status` shows."""
+        ready = self._ready
+        return {
+            "model": self.settings.model,
+            "device": ready.device if ready else self.settings.device,
+            "dtype": ready.dtype if ready else self.settings.dtype,
+            "slots": self._claims.slots,
+            "running": len(self._running),
+            "tokens_per_second": round(self._publisher.speed.tokens_per_second, 1),
+            "state": "draining" if self._claims.is_draining else "ready" if ready else "loading",
+            "restarts": self._num_restarts,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": round(self._started_at),
+        }
+
+
+def engine_config(settings: WorkerSettings) -> EngineConfig:
+    """What the engine needs of a worker's settings."""
+    return EngineConfig(
+        checkpoint=str(settings.checkpoint),
+        device=settings.device,
+        dtype=settings.dtype,
+        max_num_seqs=settings.slots,
+        cache_gib=settings.cache_gib,
+        context_len=settings.context_len,
+        num_threads=settings.num_threads,
+    )
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+def compose(settings: WorkerSettings) -> Celery:
+    """A Celery app whose worker is a `Worker` with these settings."""
+    worker = Worker(settings)
+    return create_app(settings, worker.redis_url, worker)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m workers`: one worker in the foreground. Returns the exit code: 0 after a drain."""
+    options = vars(_parser().parse_args(argv))
+    set_up_log(options.pop("log_level"))
+    try:
+        app = compose(WorkerSettings.from_environ(**options))
+    except (GlmqError, CheckpointError) as error:
+        logger.critical("cannot start: %s", error)
+        return 1
+    return run_celery(app)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="glmq worker",
+        description="Answers chat and summary requests from the queue with one engine on one device. "
+        "SIGTERM or Ctrl-C drains: nothing new is taken, running requests finish within the grace time; "
+        "a second one releases them at once.",
+        epilog="Each option has an environment variable (GLMQ_CHECKPOINT and so on), which the option overrides. "
+        "Redis is found by REDIS_URL, else it is the embedded server that `glmq up` started.",
+    )
+    parser.add_argument("--model", help="name under which requests ask for it (default: GLMQ_MODEL)")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="PATH", help="its folder (default: the bundled demo)"
+    )
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the computation (default: auto)")
+    parser.add_argument("--slots", type=int, help="requests answered at the same time (default: 64)")
+    parser.add_argument(
+        "--context", type=int, dest="context_len", metavar="TOKENS", help="prompt and answer together"
+    )
+    parser.add_argument("--cache-gib", type=float, metavar="GIB", help="memory for the KV cache")
+    parser.add_argument(
+        "--threads", type=int, dest="num_threads", metavar="N", help="CPU threads of the engine"
+    )
+    parser.add_argument(
+        "--grace-seconds",
+        type=float,
+        metavar="S",
+        help="how long a drain waits for running requests (default: 25)",
+    )
+    parser.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
+    return parser
+
+
+def __getattr__(name: str) -> Any:
+    """`celery -A workers.worker worker` finds its app here, composed from the environment when it is asked for."""
+    if name == "app":
+        return compose(WorkerSettings.from_environ())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
