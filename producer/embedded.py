@@ -116,7 +116,7 @@ def _platform_tag() -> str:
 
 def _version_of(path: Path) -> tuple[int, ...] | None:
     try:
-        said = subprocess.run(  # noqa: S603: a program from PATH or from an installed package
+        said = subprocess.run(  # noqa: S603 a program from PATH or from an installed package
             [path, "--version"],
             capture_output=True,
             text=True,
@@ -305,7 +305,7 @@ def _spawn(binary: ServerBinary, state_dir: Path) -> subprocess.Popen[bytes]:
     def keep() -> None:
         try:
             # A session of its own: Ctrl-C in the terminal is for the worker, which still needs its server to drain.
-            process = subprocess.Popen(  # noqa: S603: what find_binary found
+            process = subprocess.Popen(  # noqa: S603 what find_binary found
                 program,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

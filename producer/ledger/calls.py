@@ -168,6 +168,8 @@ class Followed(NamedTuple):
     """A request's state, and its events after the given entry."""
 
     state: State
+    last_id: str
+    """Of the stream's last entry, `0-0` before the first."""
     entries: list[Entry]
 
 
@@ -178,7 +180,7 @@ def follow(reader: str, requests: Iterable[tuple[str, str]]) -> Call[list[Follow
     """
 
     def parse(answer: list[Any]) -> list[Followed | None]:
-        return [item and Followed(item[0], _entries(item[1])) for item in answer]
+        return [item and Followed(item[0], item[1], _entries(item[2])) for item in answer]
 
     return Call("follow", [reader, *(part for pair in requests for part in pair)], parse)
 
