@@ -18,7 +18,7 @@ app = typer.Typer(
     epilog="The server is REDIS_URL, or the one that `glmq up` started on this machine.",
 )
 
-app.command("up")(up.up)
+app.command("up", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(up.up)
 app.command(
     "worker",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},

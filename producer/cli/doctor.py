@@ -16,9 +16,10 @@ import redis
 import typer
 from rich.console import Console
 
-from producer.cli.connection import connect
 from producer.cli.worker import missing_packages
 from producer.contract import GlmqError
+from producer.embedded import find_server
+from producer.ledger import connect
 from producer.settings import Settings
 
 MIN_REDIS = (6, 2)
@@ -67,8 +68,8 @@ def _packages() -> Iterator[Check]:
 
 def _redis() -> Iterator[Check]:
     try:
-        connection = connect(Settings.from_environ())
-        info: dict[str, Any] = connection.info()
+        connection = connect(find_server(Settings.from_environ()), timeout_seconds=5, retries=0)
+        info: Any = connection.info()
     except GlmqError as error:
         yield Check("Redis", "fail", str(error))
         return

@@ -16,14 +16,14 @@ from producer.contract import InvalidRequest, SummaryRequest
 
 
 class Style(StrEnum):
-    paragraph = "paragraph"
-    bullets = "bullets"
-    title = "title"
+    PARAGRAPH = "paragraph"
+    BULLETS = "bullets"
+    TITLE = "title"
 
 
 def summarize(
     file: Annotated[str, typer.Argument(help="A text file in UTF-8; - reads standard input.")],
-    style: Annotated[Style, typer.Option(help="What the summary looks like.")] = Style.paragraph,
+    style: Annotated[Style, typer.Option(help="What the summary looks like.")] = Style.PARAGRAPH,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens of the summary, at most.")] = 256,
     sample: Annotated[
         bool, typer.Option("--sample", help="Sample instead of always taking the most likely token.")
