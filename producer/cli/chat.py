@@ -29,10 +29,12 @@ def chat(
 ) -> None:
     """Ask one question, or hold a conversation. The answer streams as it comes; Ctrl-C cancels it.
 
-    Without QUERY each line of standard input is one turn of a conversation, from the keyboard or from a pipe. At the prompt,
-    /new begins a new conversation and Ctrl-D ends it.
+    Without QUERY each line of standard input is one turn of a conversation, from the keyboard or from a pipe.
+    At the prompt, /new begins a new conversation and Ctrl-D ends it.
 
-    Examples: glmq chat 新冠肺炎怎么预防 ~ cat question.txt | glmq chat - ~ glmq chat --seed 7 --temperature 0.8
+    glmq chat 新冠肺炎怎么预防
+    cat question.txt | glmq chat -
+    glmq chat --seed 7 --temperature 0.8
     """
     request = ChatRequest(
         query=query if query and query != "-" else "?",

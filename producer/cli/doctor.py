@@ -17,8 +17,8 @@ import typer
 from rich.console import Console
 
 from producer.cli.worker import missing_packages
-from producer.contract import GlmqError
-from producer.embedded import find_server
+from producer.contract import GlmqError, RedisUnavailable
+from producer.embedded import find_binary, find_server
 from producer.ledger import connect
 from producer.settings import Settings
 
@@ -67,18 +67,16 @@ def _packages() -> Iterator[Check]:
 
 
 def _redis() -> Iterator[Check]:
+    settings = Settings.from_environ()
     try:
-        connection = connect(find_server(Settings.from_environ()), timeout_seconds=5, retries=0)
+        connection = connect(find_server(settings), timeout_seconds=5, retries=0)
         info: Any = connection.info()
-    except GlmqError as error:
-        yield Check("Redis", "fail", str(error))
+    except RedisUnavailable as error:
+        yield _no_server(settings, error)
         return
     except redis.RedisError as error:
         yield Check(
-            "Redis",
-            "fail",
-            f"answers, but not to INFO ({error})",
-            "Allow this user the INFO and CONFIG commands.",
+            "Redis", "fail", str(error), "Start one with `glmq up`, or set REDIS_URL to a server that runs."
         )
         return
     version = str(info.get("valkey_version") or info["redis_version"])
@@ -89,6 +87,18 @@ def _redis() -> Iterator[Check]:
         yield Check(name, "ok", version)
     yield _memory_policy(info)
     yield _durability(info)
+
+
+def _no_server(settings: Settings, error: RedisUnavailable) -> Check:
+    """Nothing to mend if `glmq up` can start one."""
+    if settings.redis_url is not None:
+        return Check("Redis", "fail", str(error))
+    try:
+        binary = find_binary()
+    except GlmqError as nothing:
+        return Check("Redis", "fail", str(nothing))
+    version = ".".join(map(str, binary.version))
+    return Check("Redis", "warn", f"none runs; `glmq up` starts {binary.name} {version}")
 
 
 def _memory_policy(info: dict[str, Any]) -> Check:

@@ -35,7 +35,8 @@ def summarize(
 ) -> None:
     """Summarize a text, in its own language. Ctrl-C cancels.
 
-    Examples: glmq summarize report.txt ~ git log -20 | glmq summarize - --style bullets
+    glmq summarize report.txt
+    git log -20 | glmq summarize - --style bullets
     """
     request = SummaryRequest(
         text=_read(file),

@@ -29,7 +29,7 @@ def up(
 
     Further options are the worker's: see `glmq worker --help`.
 
-    Example: glmq up --checkpoint ./chatglm-6b --slots 64
+    glmq up --checkpoint ./chatglm-6b --slots 64
     """
     settings = Settings.from_environ()
     server, url = _server(settings)
