@@ -80,7 +80,8 @@ class Claims:
         with self._wake:
             self._is_draining = self._is_stopping = True
             self._wake.notify()
-        self._thread.join(5)
+        if self._thread.is_alive():
+            self._thread.join(5)
 
     # --- from any thread --------------------------------------------------------------------------------------------
 

@@ -58,7 +58,8 @@ class Leases:
     def stop(self) -> None:
         """End the thread; `glmq status` does not show the worker any more."""
         self._stop.set()
-        self._thread.join(5)
+        if self._thread.is_alive():
+            self._thread.join(5)
         keys, connection = self._ledger.keys, self._ledger.connection
         try:
             connection.zrem(keys.workers, self._worker_id)

@@ -66,7 +66,8 @@ class Publisher:
             self._give_up_at = time.monotonic() + timeout
             self._is_stopping = True
             self._wake.notify()
-        self._thread.join(timeout + 2)
+        if self._thread.is_alive():
+            self._thread.join(timeout + 2)
 
     # --- what becomes known, from any thread ------------------------------------------------------------------------
 

@@ -1,0 +1,64 @@
+"""Cancellations reach the worker at once, also after its connection was cut."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from producer.ledger import connect
+from workers.control import Control
+
+
+@pytest.fixture
+def heard(redis_url: str, namespace: str) -> Iterator[list[str]]:
+    messages: list[str] = []
+    control = Control(
+        connect(redis_url, timeout_seconds=2, retries=0), f"{namespace}:control", messages.append
+    )
+    control.start()
+    yield messages
+    control.stop()
+
+
+def publish(redis_url: str, namespace: str, message: str) -> None:
+    """Tell it to whoever listens, once somebody does."""
+    with redis.Redis.from_url(redis_url) as connection:
+        deadline = time.monotonic() + 5
+        while not connection.publish(f"{namespace}:control", message):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_cancellation_arrives(heard: list[str], redis_url: str, namespace: str) -> None:
+    publish(redis_url, namespace, "cancel abc")
+
+    wait_for(lambda: heard == ["abc"])
+
+
+def test_what_is_not_understood_is_passed_over(heard: list[str], redis_url: str, namespace: str) -> None:
+    for message in ("dance", "cancel", "", "cancel abc"):
+        publish(redis_url, namespace, message)
+
+    wait_for(lambda: heard == ["abc"])
+
+
+def test_a_cut_connection_is_made_again(heard: list[str], redis_url: str, namespace: str) -> None:
+    publish(redis_url, namespace, "cancel one")
+    wait_for(lambda: heard == ["one"])
+
+    with redis.Redis.from_url(redis_url) as connection:
+        connection.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+    publish(redis_url, namespace, "cancel two")
+
+    wait_for(lambda: heard == ["one", "two"])
