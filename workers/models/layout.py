@@ -42,3 +42,9 @@ class Layout:
             [*range(begin, boundary), *[self.mask_position] * num_after],
             [*[0] * (boundary - begin), *range(first_block, first_block + num_after)],
         )
+
+    def position(self, index: int) -> tuple[int, int]:
+        """First and block position of one token."""
+        if index < self.context_len:
+            return index, 0
+        return self.mask_position, index - self.context_len + 1

@@ -1,0 +1,182 @@
+"""The engine: sequences in, one token of each a step out. Knows nothing about processes, queues or text."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from workers.engine.admission import Admission, CannotRun
+from workers.engine.block_manager import BlockManager
+from workers.engine.config import GIB, EngineConfig
+from workers.engine.messages import Generate, Ready, Refused, Step
+from workers.engine.model_runner import ModelRunner
+from workers.engine.sampler import Sampler
+from workers.engine.scheduler import Schedule, Scheduler
+from workers.engine.sequence import Sequence
+from workers.models.batch import KVCache
+from workers.models.chatglm import ChatGLM
+from workers.models.config import ModelConfig
+from workers.models.loader import DTYPES, load_model
+from workers.models.tokenizer import Tokenizer
+
+
+class Engine:
+    """Continuous batching over one model on one device. Single-threaded."""
+
+    def __init__(self, model: ChatGLM, tokenizer: Tokenizer, config: EngineConfig) -> None:
+        self._tokenizer = tokenizer
+        self._device = model.device
+        self._dtype = model.dtype
+        context_len = config.context_len or model.config.max_sequence_length
+        num_blocks = config.num_blocks or _num_blocks(model, config, context_len)
+        block_manager = BlockManager(num_blocks, config.block_size)
+        # Any sequence must be able to run alone to its end.
+        self.context_len = min(context_len, block_manager.num_usable_blocks * config.block_size)
+        model.set_max_positions(self.context_len)
+        self._admission = Admission(tokenizer, model.config.vocab_size, self.context_len)
+        self.scheduler = Scheduler(
+            block_manager,
+            max_num_seqs=config.max_num_seqs,
+            max_prefill_tokens=config.max_prefill_tokens,
+        )
+        sampler = Sampler(
+            first_id=tokenizer.first_id,
+            end_id=tokenizer.end_id,
+            eos_id=tokenizer.eos_id,
+            max_num_seqs=config.max_num_seqs,
+            device=model.device,
+        )
+        self._runner = ModelRunner(
+            model,
+            new_cache(model, num_blocks, config.block_size),
+            sampler,
+            max_num_seqs=config.max_num_seqs,
+            context_len=self.context_len,
+        )
+        self._sequences: dict[int, Sequence] = {}
+        self._arrivals = itertools.count()
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Engine:
+        """Loads the checkpoint. Raises CheckpointError, or ValueError for a device that is not there."""
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        device = _device(config.device)
+        model_config = ModelConfig.from_folder(config.checkpoint)
+        tokenizer = Tokenizer.from_folder(config.checkpoint, model_config)
+        if config.dtype != "auto":
+            dtype = DTYPES[config.dtype]
+        else:
+            # Few CPUs compute in half precision, and none of them fast.
+            dtype = torch.float32 if device.type == "cpu" else DTYPES[model_config.dtype]
+        model = load_model(config.checkpoint, dtype=dtype, device=device, config=model_config)
+        return cls(model, tokenizer, config)
+
+    def step(self) -> Step:
+        """Runs one step: the next token of some sequences. Call it only while there is work."""
+        schedule = self.scheduler.schedule()
+        token_ids = self._runner.run(schedule)
+        finish_reasons = self._advance(schedule, token_ids)
+        return Step(
+            sequence_ids=[sequence.sequence_id for sequence in schedule.sequences],
+            token_ids=token_ids,
+            finish_reasons=finish_reasons,
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_free_blocks=self.scheduler.block_manager.num_free_blocks,
+            num_preemptions=self.scheduler.num_preemptions,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, message: Generate) -> Refused | None:
+        """Takes this sequence in, or says why it cannot be run here."""
+        if message.sequence_id in self._sequences:
+            return Refused(
+                message.sequence_id, "invalid_request", "the engine has a sequence with this id already"
+            )
+        try:
+            layout = self._admission.layout(message)
+        except CannotRun as error:
+            return Refused(message.sequence_id, error.code, str(error))
+        sequence = Sequence(
+            sequence_id=message.sequence_id,
+            arrival=next(self._arrivals),
+            token_ids=[*message.prompt_ids, *message.emitted_ids],
+            prompt_len=len(message.prompt_ids),
+            layout=layout,
+            sampling=message.sampling,
+            max_len=min(len(message.prompt_ids) + message.sampling.max_new_tokens, self.context_len),
+        )
+        self._sequences[sequence.sequence_id] = sequence
+        self.scheduler.add(sequence)
+        return None
+
+    def abort(self, sequence_id: int) -> None:
+        """Forgets this sequence, whether it waits or runs; its blocks are free at once. An unknown id is ignored."""
+        sequence = self._sequences.pop(sequence_id, None)
+        if sequence is not None:
+            self.scheduler.remove(sequence)
+
+    def ready(self, load_seconds: float) -> Ready:
+        """What the worker is told about this engine."""
+        return Ready(
+            context_len=self.context_len,
+            num_blocks=self.scheduler.block_manager.num_blocks,
+            block_size=self.scheduler.block_manager.block_size,
+            device=str(self._device),
+            dtype=str(self._dtype).removeprefix("torch."),
+            load_seconds=load_seconds,
+        )
+
+    def _advance(self, schedule: Schedule, token_ids: list[int]) -> list[str]:
+        """Gives each sequence its token, and lets those go that have ended. Returns the finish reasons."""
+        finish_reasons = []
+        for sequence, token_id in zip(schedule.sequences, token_ids, strict=True):
+            sequence.token_ids.append(token_id)
+            finish_reason = sequence.finish_reason(self._tokenizer.eos_id)
+            if finish_reason:
+                del self._sequences[sequence.sequence_id]
+                self.scheduler.remove(sequence)
+            finish_reasons.append(finish_reason)
+        return finish_reasons
+
+
+def new_cache(model: ChatGLM, num_blocks: int, block_size: int) -> KVCache:
+    """An empty cache for this model, on its device and in its dtype."""
+    config = model.config
+    shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
+    keys, values = (torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2))
+    return KVCache(keys, values)
+
+
+def _num_blocks(model: ChatGLM, config: EngineConfig, context_len: int) -> int:
+    """Blocks that the memory allows, but no more than all sequences can use; at least one whole sequence's."""
+    shape = model.config
+    block_bytes = (
+        2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * config.block_size * model.dtype.itemsize
+    )
+    blocks_per_seq = -(-context_len // config.block_size)
+    if config.cache_gib is not None:
+        return max(int(config.cache_gib * GIB) // block_bytes, 2)
+    if model.device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(model.device)
+        # A prefill's activations and a step's scores, both generously.
+        width = 8 * shape.hidden_size + 2 * shape.inner_hidden_size
+        reserved = config.max_prefill_tokens * width * model.dtype.itemsize
+        reserved += config.max_num_seqs * shape.vocab_size * 16 + GIB
+        num_affordable = max(int(free_bytes * 0.95) - reserved, 0) // block_bytes
+    else:
+        num_affordable = 2 * GIB // block_bytes
+    return min(max(num_affordable, blocks_per_seq), config.max_num_seqs * blocks_per_seq) + 1
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {name}, but torch finds no GPU. Use cpu, or install the driver")
+    return torch.device(name)

@@ -1,0 +1,128 @@
+"""Schedules to tensors: builds the batch of a step, runs the network, samples. Owns the KV cache's memory.
+
+Keeps tables with a row for each running sequence, so that a decode gathers them instead of building them anew.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import torch
+
+from workers.engine.sampler import Sampler, SamplingBatch
+from workers.engine.scheduler import Schedule
+from workers.engine.sequence import Sequence
+from workers.models.batch import Batch, KVCache
+from workers.models.chatglm import ChatGLM
+
+
+class ModelRunner:
+    """Runs schedules on one device."""
+
+    def __init__(
+        self,
+        model: ChatGLM,
+        cache: KVCache,
+        sampler: Sampler,
+        *,
+        max_num_seqs: int,
+        context_len: int,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._sampler = sampler
+        self._device = model.device
+        self._block_tables = np.zeros((max_num_seqs, -(-context_len // cache.block_size)), dtype=np.int32)
+        self._num_table_blocks = [0] * max_num_seqs
+        self._sampled: list[int] = []
+        self._sampling: SamplingBatch | None = None
+
+    @torch.inference_mode()
+    def run(self, schedule: Schedule) -> list[int]:
+        """The next token of each scheduled sequence, in order."""
+        sequences = schedule.sequences
+        if schedule.is_prefill:
+            for sequence in sequences:
+                self._num_table_blocks[sequence.row] = 0
+                self._sampler.add(sequence)
+            batch = self._prefill_batch(sequences)
+        else:
+            batch = self._decode_batch(sequences)
+        logits = self._model(batch, self._cache)
+        token_indexes = self._tensor([sequence.num_generated for sequence in sequences])
+        token_ids: list[int] = self._sampler.sample(
+            logits, self._sampling_batch(sequences), token_indexes
+        ).tolist()
+        return token_ids
+
+    def _prefill_batch(self, sequences: list[Sequence]) -> Batch:
+        lens = [len(sequence) for sequence in sequences]
+        first_positions: list[int] = []
+        block_positions: list[int] = []
+        slots = []
+        for sequence, num_tokens in zip(sequences, lens, strict=True):
+            first, block = sequence.layout.positions(0, num_tokens)
+            first_positions += first
+            block_positions += block
+            slots.append(self._slots(sequence, np.arange(num_tokens)))
+        return Batch(
+            is_prefill=True,
+            token_ids=self._tensor(list(chain.from_iterable(sequence.token_ids for sequence in sequences))),
+            positions=self._tensor([first_positions, block_positions]),
+            slots=self._tensor(np.concatenate(slots)),
+            kv_lens=self._tensor(lens, np.int32),
+            block_tables=self._tensor(np.zeros((len(sequences), 1), dtype=np.int32), np.int32),
+            query_starts=self._tensor(np.cumsum([0, *lens]), np.int32),
+            prefix_lens=self._tensor([sequence.layout.context_len for sequence in sequences], np.int32),
+            max_query_len=max(lens),
+            max_kv_len=max(lens),
+        )
+
+    def _decode_batch(self, sequences: list[Sequence]) -> Batch:
+        lens = [len(sequence) for sequence in sequences]
+        positions = [sequence.layout.position(len(sequence) - 1) for sequence in sequences]
+        for sequence in sequences:
+            num_known = self._num_table_blocks[sequence.row]
+            if num_known < len(sequence.blocks):
+                self._block_tables[sequence.row, num_known : len(sequence.blocks)] = sequence.blocks[
+                    num_known:
+                ]
+                self._num_table_blocks[sequence.row] = len(sequence.blocks)
+        rows = [sequence.row for sequence in sequences]
+        max_kv_len = max(lens)
+        num_columns = -(-max_kv_len // self._cache.block_size)
+        block_tables = self._block_tables[rows, :num_columns]
+        last = np.asarray(lens) - 1
+        blocks = block_tables[np.arange(len(rows)), last // self._cache.block_size]
+        slots = blocks.astype(np.int64) * self._cache.block_size + last % self._cache.block_size
+        return Batch(
+            is_prefill=False,
+            token_ids=self._tensor([sequence.token_ids[-1] for sequence in sequences]),
+            positions=self._tensor(np.array(positions).T),
+            slots=self._tensor(slots),
+            kv_lens=self._tensor(lens, np.int32),
+            block_tables=self._tensor(block_tables, np.int32),
+            query_starts=self._tensor(np.arange(len(rows) + 1), np.int32),
+            prefix_lens=self._tensor(np.zeros(len(rows)), np.int32),
+            max_kv_len=max_kv_len,
+        )
+
+    def _sampling_batch(self, sequences: list[Sequence]) -> SamplingBatch:
+        """The sequences' sampling parameters, kept while the same sequences run."""
+        sequence_ids = [sequence.sequence_id for sequence in sequences]
+        rows = [sequence.row for sequence in sequences]
+        if self._sampling is None or [*sequence_ids, *rows] != self._sampled:
+            self._sampling = self._sampler.batch(sequences)
+            self._sampled = [*sequence_ids, *rows]
+        return self._sampling
+
+    def _slots(self, sequence: Sequence, indexes: np.ndarray) -> np.ndarray:
+        block_size = self._cache.block_size
+        blocks = np.asarray(sequence.blocks, dtype=np.int64)
+        slots: np.ndarray = blocks[indexes // block_size] * block_size + indexes % block_size
+        return slots
+
+    def _tensor(self, values: object, dtype: type = np.int64) -> torch.Tensor:
+        array: np.ndarray = np.ascontiguousarray(values, dtype=dtype)
+        return torch.from_numpy(array).to(self._device, non_blocking=True)

@@ -1,0 +1,110 @@
+"""The engine process: loads the model, then reads commands between steps and sends what each step gave.
+
+Started by `EngineClient` as `python -m workers.engine.process FD PARENT_PID`. Ends when its connection or its parent is
+gone; a failing step ends it too, with a `Fatal` that says why, because the state of the device is not known then.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from workers.engine.config import EngineConfig
+from workers.engine.messages import (
+    Abort,
+    Fatal,
+    FromEngine,
+    Generate,
+    Shutdown,
+    ToEngine,
+    to_engine_decoder,
+)
+
+if TYPE_CHECKING:
+    from workers.engine.engine import Engine
+
+PARENT_CHECK_SECONDS: Final = 1.0
+
+
+def serve(connection: Connection, engine: Engine) -> None:
+    """Runs steps while there is work and waits for commands while there is none. Returns on Shutdown or a lost parent."""
+    encoder = msgspec.msgpack.Encoder()
+
+    def send(message: FromEngine) -> None:
+        connection.send_bytes(encoder.encode(message))
+
+    try:
+        while True:
+            while connection.poll(0 if engine.has_work else None):
+                message = to_engine_decoder.decode(connection.recv_bytes())
+                if isinstance(message, Shutdown):
+                    return
+                _obey(engine, message, send)
+            if engine.has_work:
+                send(engine.step())
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _obey(engine: Engine, message: ToEngine, send: Callable[[FromEngine], None]) -> None:
+    if isinstance(message, Generate):
+        refused = engine.add(message)
+        if refused is not None:
+            send(refused)
+    elif isinstance(message, Abort):
+        engine.abort(message.sequence_id)
+
+
+def _load(config: EngineConfig, connection: Connection) -> Engine | None:
+    """The engine of this config, announced; None when the checkpoint or a setting is wrong, which the worker is told."""
+    started = time.monotonic()
+    # torch is imported here: only now is the environment complete.
+    from workers.engine.engine import Engine  # noqa: PLC0415
+
+    try:
+        engine = Engine.from_config(config)
+    except ValueError as error:
+        connection.send_bytes(msgspec.msgpack.encode(Fatal(str(error))))
+        return None
+    connection.send_bytes(msgspec.msgpack.encode(engine.ready(load_seconds=time.monotonic() - started)))
+    return engine
+
+
+def main(arguments: list[str]) -> int:
+    """`arguments`: the connection's file descriptor, and the process id of the parent."""
+    file_descriptor, parent_pid = map(int, arguments)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(parent_pid,), daemon=True).start()
+    connection = Connection(file_descriptor)
+    try:
+        config = msgspec.msgpack.decode(connection.recv_bytes(), type=EngineConfig)
+        engine = _load(config, connection)
+        if engine is None:
+            return 1
+        serve(connection, engine)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return 0
+    except Exception as error:  # noqa: BLE001  (the process's boundary: whatever it was, the worker is told)
+        sys.excepthook(type(error), error, error.__traceback__)
+        connection.send_bytes(msgspec.msgpack.encode(Fatal(f"{type(error).__name__}: {error}")))
+        return 1
+    return 0
+
+
+def _end_with_parent(parent_pid: int) -> None:
+    """The connection tells of a parent's death only between steps; this works while loading, and on a hung device."""
+    while os.getppid() == parent_pid:
+        time.sleep(PARENT_CHECK_SECONDS)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

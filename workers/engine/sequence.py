@@ -1,0 +1,42 @@
+"""One answer in the making: its tokens, what it may use, and where it stands. Knows nothing about tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from workers.engine.messages import Sampling
+from workers.models.layout import Layout
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A prompt and its answer so far. Waiting while it has no row; running from its prefill on."""
+
+    sequence_id: int
+    arrival: int
+    """Counts the sequences of an engine: the smaller, the older."""
+    token_ids: list[int]
+    """Prompt and answer, those tokens included that an earlier attempt emitted."""
+    prompt_len: int
+    layout: Layout
+    sampling: Sampling
+    max_len: int
+    """Tokens of prompt and answer, at most: from max_new_tokens and the context's length."""
+    blocks: list[int] = field(default_factory=list)
+    """Its blocks of the KV cache, in order."""
+    row: int = -1
+    """Its place in the tables that the runner keeps; -1 while it waits."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Answer tokens so far."""
+        return len(self.token_ids) - self.prompt_len
+
+    def finish_reason(self, eos_id: int) -> str:
+        """ "stop" when its last token ends it, "length" when it may not grow any more, "" while it goes on."""
+        if self.token_ids[-1] == eos_id:
+            return "stop"
+        return "length" if len(self.token_ids) >= self.max_len else ""
