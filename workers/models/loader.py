@@ -54,7 +54,7 @@ def load_model(
     expected = dict(model.state_dict(keep_vars=True))
     files = weight_files(folder)
     loaded: set[str] = set()
-    for path, name, tensor in _tensors(files):
+    for path, name, tensor in stored_tensors(files):
         if name.endswith(_IGNORED_SUFFIX) or name not in expected:
             continue
         if tensor.shape != expected[name].shape:
@@ -125,7 +125,11 @@ def _indexed_files(folder: Path, index_path: Path) -> list[Path]:
     return files
 
 
-def _tensors(files: list[Path]) -> Iterator[tuple[Path, str, torch.Tensor]]:
+def stored_tensors(files: list[Path]) -> Iterator[tuple[Path, str, torch.Tensor]]:
+    """The tensors of these files one after another, mapped and not copied: (file, name, tensor).
+
+    Raises CheckpointError when a file cannot be read as weights alone.
+    """
     for path in files:
         if path.suffix == ".safetensors":
             yield from _safetensors(path)
