@@ -21,9 +21,16 @@ from producer.ledger.scripts import script
 
 T = TypeVar("T")
 
-_UNREACHABLE = (redis.ConnectionError, redis.TimeoutError)
-_REFUSING = ("MISCONF", "READONLY", "OOM", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "TRYAGAIN")
-"""Answers of a server that is there but takes no writes now."""
+_UNAVAILABLE = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    # It is there, but takes no writes now.
+    redis.exceptions.OutOfMemoryError,
+    redis.ReadOnlyError,
+    redis.exceptions.ClusterDownError,
+)
+_UNAVAILABLE_ANSWERS = ("MISCONF", "MASTERDOWN", "NOREPLICAS")
+"""Of the same kind, but without an exception of their own."""
 
 
 class Ledger:
@@ -134,7 +141,7 @@ def _from_url(kind: Any, url: str, timeout_seconds: float, retry: object) -> Any
 
 def raise_unavailable(address: str, error: Exception) -> None:
     """Raise RedisUnavailable if the error says that the server cannot be reached or takes no writes now."""
-    if isinstance(error, _UNREACHABLE) or str(error).startswith(_REFUSING):
+    if isinstance(error, _UNAVAILABLE) or str(error).startswith(_UNAVAILABLE_ANSWERS):
         raise RedisUnavailable(address, error) from error
 
 

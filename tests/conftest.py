@@ -1,0 +1,52 @@
+"""Fixtures of the whole suite: a real server, and a namespace of its own for each test."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from producer.client import Client
+from producer.contract.keys import Keys
+from producer.embedded import EmbeddedServer
+from producer.ledger import Ledger
+from producer.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The embedded server; or the one in GLMQ_TEST_REDIS_URL, to try the suite on another version."""
+    if given := os.environ.get("GLMQ_TEST_REDIS_URL"):
+        yield given
+        return
+    with EmbeddedServer.start(tmp_path_factory.mktemp("server")) as server:
+        yield server.url
+
+
+@pytest.fixture
+def settings(redis_url: str, tmp_path: Path) -> Settings:
+    """A deployment that no other test shares."""
+    return Settings(
+        redis_url=redis_url, namespace=f"test-{uuid.uuid4().hex[:12]}", state_dir=tmp_path / "state"
+    )
+
+
+@pytest.fixture
+def keys(settings: Settings) -> Keys:
+    return settings.keys
+
+
+@pytest.fixture
+def ledger(redis_url: str, keys: Keys) -> Iterator[Ledger]:
+    ledger = Ledger.at(redis_url, keys)
+    yield ledger
+    ledger.close()
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[Client]:
+    with Client(settings) as client:
+        yield client
