@@ -21,6 +21,10 @@ REPLACEMENT: Final = "\ufffd"
 """For each byte that belongs to no character."""
 
 TRAINING_TIME: Final = "[[训练时间]]"
+TRAINING_TIME_TEXT: Final = "2023年"
+"""What the model card's chat puts in its place."""
+MARKS: Final = frozenset(",!:;?")
+"""ASCII marks that become full-width beside a Chinese character."""
 _SPACE_MARK: Final = "▁"
 _FULL_WIDTH: Final = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 _MARKS_BESIDE_CJK: Final = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
@@ -32,6 +36,11 @@ class Tokenizer:
     All ids here are the network's. They are the model file's, shifted by `first_id`: 0, but 20000 in the first release
     of ChatGLM-6B, which kept that many ids for images.
     """
+
+    cleans_up_spaces = True
+    """`decode` applies `clean_up_spaces`."""
+    widens_marks = True
+    """`process_response` applies `widen_marks`."""
 
     def __init__(self, pieces: PieceModel, special_ids: dict[str, int] | None = None) -> None:
         """`special_ids` is what config.json says about them. Raises ValueError when the pieces do not agree."""
@@ -130,6 +139,10 @@ class Tokenizer:
         """
         joiner = PieceJoiner(self)
         return clean_up_spaces("".join([joiner.add(id_) for id_ in ids]) + joiner.finish())
+
+    def process_response(self, text: str) -> str:
+        """The model card's clean-up of a decoded answer."""
+        return process_response(text)
 
 
 class PieceJoiner:
@@ -237,6 +250,11 @@ _CLEAN_UP: Final = (
 )
 
 
+def is_cjk(character: str) -> bool:
+    """Whether it is one of the Chinese characters that widen a mark beside them. False for ""."""
+    return "\u4e00" <= character <= "\u9fff"
+
+
 def widen_marks(text: str) -> str:
     """ASCII marks beside a Chinese character become full-width ones."""
     return _MARKS_BESIDE_CJK.sub(lambda match: _FULL_WIDTH[match[0]], text)
@@ -244,7 +262,7 @@ def widen_marks(text: str) -> str:
 
 def process_response(text: str) -> str:
     """The model card's clean-up of a decoded answer."""
-    return widen_marks(text.strip().replace(TRAINING_TIME, "2023年"))
+    return widen_marks(text.strip().replace(TRAINING_TIME, TRAINING_TIME_TEXT))
 
 
 def _surface(text: str, kind: PieceType) -> str:
