@@ -13,6 +13,17 @@ from typing import Any, Final, Literal, cast
 
 CONFIG_FILE: Final = "config.json"
 
+# Far above any model of this family: beyond them a file is damaged, or made to exhaust memory.
+MAX_SIZES: Final = {
+    "hidden_size": 1 << 16,
+    "inner_hidden_size": 1 << 19,
+    "num_layers": 1024,
+    "num_attention_heads": 1024,
+    "vocab_size": 1 << 22,
+    "max_sequence_length": 1 << 20,
+}
+MAX_JSON_BYTES: Final = 16 << 20
+
 Dtype = Literal["float16", "bfloat16", "float32"]
 ModelType = Literal["chatglm"]
 
@@ -80,7 +91,7 @@ class ModelConfig:
         if model_type != "chatglm" or "multi_query_attention" in fields:
             raise CheckpointError(
                 path,
-                f"model_type {model_type!r} is not a ChatGLM-6B of the first generation",
+                f"model_type {repr(model_type)[:80]} is not a ChatGLM-6B of the first generation",
                 "Use a checkpoint with ChatGLM-6B's architecture",
             )
         if not fields.get("position_encoding_2d", True):
@@ -96,7 +107,7 @@ class ModelConfig:
         if fields.get("quantization_bit"):
             raise CheckpointError(
                 path,
-                f"quantization_bit is {fields['quantization_bit']}: pre-quantized weights are not supported",
+                f"quantization_bit is {repr(fields['quantization_bit'])[:80]}: pre-quantized weights are not supported",
                 "Use the checkpoint with fp16 weights",
             )
         size = _Fields(fields, path)
@@ -134,11 +145,13 @@ class _Fields:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self._wrong(name, value, "a positive integer")
+        if value > (largest := MAX_SIZES.get(name, 1 << 31)):
+            raise self._wrong(name, value, f"at most {largest}")
         return value
 
     def positive_float(self, name: str, default: float) -> float:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1 << 31:
             raise self._wrong(name, value, "a positive number")
         return float(value)
 
@@ -158,20 +171,39 @@ class _Fields:
 
     def _wrong(self, name: str, value: object, expected: str) -> CheckpointError:
         return CheckpointError(
-            self.path, f"{name} is {value!r}", f"It must be {expected}: correct the file or download it again"
+            self.path,
+            f"{name} is {repr(value)[:80]}",
+            f"It must be {expected}: correct the file or download it again",
         )
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The JSON object in this file. Raises CheckpointError, with this remedy when the file does not exist."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file() and path.exists():
+            raise CheckpointError(path, "it is not a regular file", "Replace it by the checkpoint's own file")
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
     except FileNotFoundError:
         raise CheckpointError(path, "the file does not exist", f"{remedy}: check the folder") from None
     except OSError as error:
         raise CheckpointError(path, f"the file cannot be read ({error})", "Check its permissions") from error
-    except ValueError as error:
+    if len(text) > MAX_JSON_BYTES:
+        raise CheckpointError(path, f"the file has more than {MAX_JSON_BYTES} bytes", "Download it again")
+    try:
+        data = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"the file is not valid JSON ({error})", "Download it again") from error
     if not isinstance(data, dict):
         raise CheckpointError(path, "the file does not hold a JSON object", "Download it again")
     return data
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json's `object_pairs_hook`: readers differ in which of two equal keys they take, so there must be none."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} comes twice")
+    return fields

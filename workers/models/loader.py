@@ -17,6 +17,7 @@ from torch import nn
 from workers.models.chatglm import ChatGLM
 from workers.models.config import CheckpointError, Dtype, ModelConfig, read_json
 from workers.models.layers import LinearFactory, plain_linear
+from workers.models.weight_file import file_in_folder, read_directory
 
 SAFETENSORS_FILE: Final = "model.safetensors"
 SAFETENSORS_INDEX: Final = "model.safetensors.index.json"
@@ -88,7 +89,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     for index_name, single_name in ((SAFETENSORS_INDEX, SAFETENSORS_FILE), (BIN_INDEX, BIN_FILE)):
         if (folder / single_name).is_file():
-            return [folder / single_name]
+            return [file_in_folder(folder, single_name, folder)]
         if (folder / index_name).is_file():
             return _indexed_files(folder, folder / index_name)
     if not folder.is_dir():
@@ -106,30 +107,17 @@ def _indexed_files(folder: Path, index_path: Path) -> list[Path]:
         raise CheckpointError(
             index_path, "weight_map is not a table of tensor names and file names", "Download it again"
         )
-    files = []
-    for name in sorted(set(weight_map.values())):
-        path = folder / name
-        # An index is data from elsewhere: it must not make us read any other file. A file of the folder itself may
-        # be a link to a store of downloads.
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise CheckpointError(
-                index_path,
-                f"weight_map names {name!r}, which is not a file of this folder",
-                "Download it again",
-            )
-        if not path.is_file():
-            raise CheckpointError(
-                path, "the file does not exist, but the index names it", "Download it into the folder"
-            )
-        files.append(path)
-    return files
+    return [file_in_folder(folder, name, index_path) for name in sorted(set(weight_map.values()))]
 
 
 def stored_tensors(files: list[Path]) -> Iterator[tuple[Path, str, torch.Tensor]]:
     """The tensors of these files one after another, mapped and not copied: (file, name, tensor).
 
-    Raises CheckpointError when a file cannot be read as weights alone.
+    All files are checked before the first tensor is read. Raises CheckpointError when one cannot be read as weights
+    alone.
     """
+    for path in files:
+        read_directory(path)
     for path in files:
         if path.suffix == ".safetensors":
             yield from _safetensors(path)
@@ -149,11 +137,8 @@ def _safetensors(path: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
 
 
 def _bin_tensors(path: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    # Files from before torch 1.6 are no zip archives, and only those can be mapped.
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise CheckpointError(
             path,
