@@ -286,7 +286,7 @@ class Claims:
         running.detokenizer = self._new_detokenizer(request.sampling.stop, claim.emitted_ids)
         if claim.emitted_ids:
             # An earlier attempt may have said everything and died before it could say so.
-            if claim.emitted_ids[-1] == self._end_id or running.detokenizer.stopped:
+            if claim.emitted_ids[-1] == self._end_id or running.detokenizer.is_stopped:
                 self._publisher.end(running, "stop")
                 return
             if len(claim.emitted_ids) >= prompt.sampling.max_new_tokens:

@@ -6,11 +6,13 @@ import logging
 import signal
 import sys
 import threading
+import warnings
 from types import FrameType
 from typing import Any
 
 from celery import Celery, signals
 from celery.apps.worker import Worker as CeleryWorker
+from celery.exceptions import SecurityWarning
 from celery.worker import state as celery_state
 from kombu.asynchronous import get_event_loop
 
@@ -36,7 +38,7 @@ class ForegroundWorker(CeleryWorker):  # type: ignore[misc]
 
     def _drain(self) -> None:
         self.app.ticket_taker.drain()
-        hub = get_event_loop()
+        hub: Any = get_event_loop()
         if hub is not None:
             # Else it would notice up to a second later.
             hub.call_soon(lambda: None)
@@ -66,6 +68,8 @@ def set_up_log(level: str) -> None:
     root.setLevel(logging.WARNING)
     logging.getLogger("workers").setLevel(level)
     logging.captureWarnings(True)
+    # About pickled messages; ours are JSON, and in a container everybody is root.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     # Somebody is connected, so Celery does not configure logging.
     signals.setup_logging.connect(_keep_log, weak=False)
 

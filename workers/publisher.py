@@ -89,8 +89,8 @@ class Publisher:
     def _add_token(self, running: RunningRequest, token_id: int, reason: str) -> None:
         detokenizer = running.detokenizer
         assert detokenizer is not None, "bound to a sequence without a detokenizer"
-        text = detokenizer.feed(token_id)
-        if detokenizer.stopped and not reason:
+        text = detokenizer.add(token_id)
+        if detokenizer.is_stopped and not reason:
             self._abort(running.sequence_id)
             reason = "stop"
         if reason:

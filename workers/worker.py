@@ -160,6 +160,8 @@ class Worker:
         self._leases.stop()
         self._publisher.stop(FLUSH_AT_STOP_SECONDS)
         if self._engine is not None:
+            # It has nothing to lose, and is deaf while it loads: an ordinary exit would take seconds.
+            self._engine.kill()
             self._engine.close()
         logger.info("stopped")
 

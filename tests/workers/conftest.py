@@ -41,11 +41,11 @@ class Letters:
         self._held = ""
         self._stop = stop
         self._text = ""
-        self.stopped = False
+        self.is_stopped = False
         for token_id in emitted_ids:
-            self.feed(token_id)
+            self.add(token_id)
 
-    def feed(self, token_id: int) -> str:
+    def add(self, token_id: int) -> str:
         text = "" if token_id == END else chr(token_id)
         if text == " ":
             self._held += text
@@ -54,7 +54,7 @@ class Letters:
         self._text += text
         for stop in self._stop:
             if stop in self._text:
-                self.stopped = True
+                self.is_stopped = True
                 text = text[: -len(stop)]
         return text
 
@@ -168,15 +168,16 @@ class _NoPool:
 
 
 @pytest.fixture
-def new_bench(redis_url: str, namespace: str) -> Iterator[Callable[..., Bench]]:
+def new_bench(redis_url: str, settings: Settings) -> Iterator[Callable[..., Bench]]:
     """Makes benches on the test's own namespace; each is another worker."""
     benches: list[Bench] = []
 
     def new(*, start: bool = True, url: str = redis_url, timeout_seconds: float = 1, **changes: Any) -> Bench:
-        queue = Settings(redis_url=url, namespace=namespace, model=MODEL)
-        settings = WorkerSettings(queue=queue, worker_id=f"worker-{len(benches)}", slots=4, look_seconds=0.1)
-        settings = replace(settings, **changes)
-        bench = Bench(Ledger.at(url, queue.keys, timeout_seconds=timeout_seconds, retries=0), settings)
+        queue = replace(settings, redis_url=url, model=MODEL)
+        worker = WorkerSettings(queue=queue, worker_id=f"worker-{len(benches)}", slots=4, look_seconds=0.1)
+        bench = Bench(
+            Ledger.at(url, queue.keys, timeout_seconds=timeout_seconds, retries=0), replace(worker, **changes)
+        )
         benches.append(bench)
         if start:
             bench.start()

@@ -15,6 +15,7 @@ from celery.contrib.testing.worker import start_worker
 from celery.exceptions import ImproperlyConfigured
 
 from producer.celery_settings import celery_settings
+from producer.settings import Settings
 from workers.pool import EnginePool, Ticket
 from workers.tasks import register_tasks
 
@@ -60,10 +61,10 @@ class Taker:
 
 
 @pytest.fixture
-def app(redis_url: str, namespace: str) -> Iterator[Celery]:
+def app(redis_url: str, settings: Settings) -> Iterator[Celery]:
     app = Celery("pool", set_as_current=False)
-    app.conf.update(celery_settings(redis_url, namespace))
-    app.conf.update(task_default_queue=f"{namespace}.m", worker_hijack_root_logger=False)
+    app.conf.update(celery_settings(redis_url, settings.namespace))
+    app.conf.update(task_default_queue=f"{settings.namespace}.m", worker_hijack_root_logger=False)
     register_tasks(app)
     yield app
     app.close()
@@ -109,7 +110,7 @@ def test_a_slot_is_filled_again_as_soon_as_it_is_free(
     assert taker.most == slots
 
 
-def test_a_ticket_is_acknowledged_once_it_is_accepted(app: Celery, namespace: str) -> None:
+def test_a_ticket_is_acknowledged_once_it_is_accepted(app: Celery, settings: Settings) -> None:
     taker = Taker(seconds=60)
     with run(app, taker, 2), app.connection_for_read() as connection:
         send(app, 1)
