@@ -1,0 +1,209 @@
+"""Finds the fastest builds of the decode linears on this GPU, and checks each against float32 first.
+
+    python ops/bench/tune_linear.py [--formats INT4 F16] [--rows 1 16 64] [--json plans.json]
+
+Each build runs in a chain of launches over weights that together are several times the L2, in a CUDA graph, the way a
+decode step runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from workers.models.kernels import weight_packing
+from workers.models.kernels.cuda_driver import build_all
+from workers.models.kernels.cuda_linear import (
+    MAX_SHARED_BYTES,
+    GroupPlan,
+    Plan,
+    WarpPlan,
+    linear_kernel,
+    run_linear,
+)
+
+SHAPES = {
+    "query_key_value": (12288, 4096),
+    "dense": (4096, 4096),
+    "dense_h_to_4h": (16384, 4096),
+    "dense_4h_to_h": (4096, 16384),
+}
+HEAD = (130528, 4096)
+READ_BYTES_PER_SECOND = 3.03e12
+
+
+def candidates(weight_format: str, rows: int, in_features: int) -> list[Plan]:
+    chunks = in_features // 64
+    plans: list[Plan] = []
+    tiles = -(-rows // 8)
+    if tiles <= 8:
+        for row_tiles, split, prefetch, stages in itertools.product((1, 2, 4), (4, 8, 16), (2, 4, 8), (2, 4)):
+            vectors = {"INT4": 1, "F16": 4}.get(weight_format, 2)
+            registers = prefetch * row_tiles * vectors * 4 + row_tiles * tiles * 4
+            shared = split * max(stages * tiles * 1024, row_tiles * tiles * 512)
+            if (
+                registers <= 150
+                and chunks // split >= prefetch
+                and shared <= MAX_SHARED_BYTES
+                and (tiles == 1 or row_tiles > 1)
+                and (tiles <= 2 or (split <= 8 and prefetch <= 4))
+                and (stages == 4 or (tiles > 2))
+            ):
+                plans.append(WarpPlan(tiles, row_tiles, split, prefetch, stages))
+                if registers <= 40 and tiles == 1 and split < 16:
+                    plans.append(WarpPlan(tiles, row_tiles, split, prefetch, stages, 24 // split))
+    if weight_format in ("INT4", "INT8") and rows > 4:
+        batch = next(size for size in (8, 16, 24, 32, 48, 64, 96, 128) if size >= rows)
+        for tall, split, prefetch, stages in itertools.product((1, 2), (1, 2, 4, 8), (2, 4), (4, 6)):
+            if chunks // split % prefetch == 0 and batch * tall <= 192:
+                plans.append(GroupPlan(batch, tall, split, prefetch, stages, 2 if batch * tall <= 64 else 1))
+    return plans
+
+
+def make_weights(
+    weight_format: str, shape: tuple[int, int], count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(stored [count, bytes], scales, the first one's values in float32)"""
+    out_features, in_features = shape
+    if weight_format == "F16":
+        stored = torch.randn(count, out_features, in_features, device="cuda", dtype=torch.float16)
+        return stored, torch.ones(out_features, device="cuda"), stored[0].float()
+    scales = torch.rand(out_features, device="cuda") + 0.5
+    if weight_format == "E4M3":
+        values = torch.randn(count, out_features, in_features, device="cuda").to(torch.float8_e4m3fn)
+        return values.view(torch.uint8), scales, values[0].float() * scales[:, None]
+    bits = 4 if weight_format == "INT4" else 8
+    limit = 2 ** (bits - 1)
+    packed, first = [], None
+    for _ in range(count):
+        values = torch.randint(-limit, limit, shape, device="cuda", dtype=torch.int8)
+        first = values if first is None else first
+        packed.append(weight_packing.pack(values, bits))
+    return torch.stack(packed), scales, first.float() * scales[:, None]
+
+
+def run_chain(*, plan, weight_format, x, stored, scales, bias, out) -> None:
+    for weight in stored:
+        run_linear(plan, weight_format, x, weight, scales, bias, out, is_dependent=True)
+
+
+def time_graph(run, repeats: int) -> float:
+    """Seconds, the median of `repeats` replays."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--formats", nargs="+", default=["INT4"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 24, 32, 48, 64, 128])
+    parser.add_argument("--head", action="store_true")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    shapes = SHAPES | ({"head": HEAD} if arguments.head else {})
+    results, totals, device = [], {}, torch.device("cuda")
+
+    started = time.perf_counter()
+    plans = {
+        (weight_format, name, rows): candidates(weight_format, rows, shape[1])
+        for weight_format in arguments.formats
+        for name, shape in shapes.items()
+        for rows in arguments.rows
+    }
+    kernels = {
+        linear_kernel(plan, weight_format, *shapes[name], True, False)
+        for (weight_format, name, _), chosen in plans.items()
+        for plan in chosen
+    }
+    build_all(kernels, device)
+    print(f"{len(kernels)} builds in {time.perf_counter() - started:.1f} s", flush=True)
+
+    for weight_format in arguments.formats:
+        for name, shape in shapes.items():
+            out_features, in_features = shape
+            size = out_features * in_features * {"INT4": 0.5, "F16": 2}.get(weight_format, 1)
+            count = max(2, int(400e6 / size))
+            stored, scales, first = make_weights(weight_format, shape, count)
+            bias = torch.randn(out_features, device="cuda", dtype=torch.float16)
+            ideal = size / READ_BYTES_PER_SECOND
+            for rows in arguments.rows:
+                x = torch.randn(rows, in_features, device="cuda", dtype=torch.float16)
+                out = torch.empty(rows, out_features, device="cuda", dtype=torch.float16)
+                expected = x.float() @ first.T + bias.float()
+                best = []
+                for plan in plans[weight_format, name, rows]:
+                    out.fill_(float("nan"))
+                    run_linear(plan, weight_format, x, stored[0], scales, bias, out)
+                    error = ((out.float() - expected).norm() / expected.norm()).item()
+                    if not error < 2e-3:
+                        results.append(
+                            {
+                                "format": weight_format,
+                                "shape": name,
+                                "rows": rows,
+                                "plan": repr(plan),
+                                "error": error,
+                            }
+                        )
+                        print(f"WRONG {weight_format} {name} {rows} {plan} error {error}", flush=True)
+                        continue
+
+                    chain = functools.partial(
+                        run_chain,
+                        plan=plan,
+                        weight_format=weight_format,
+                        x=x,
+                        stored=stored,
+                        scales=scales,
+                        bias=bias,
+                        out=out,
+                    )
+                    seconds = time_graph(chain, 5) / count
+                    best.append((seconds, plan, error))
+                    results.append(
+                        {
+                            "format": weight_format,
+                            "shape": name,
+                            "rows": rows,
+                            "plan": repr(plan),
+                            "us": seconds * 1e6,
+                            "error": error,
+                        }
+                    )
+                best.sort(key=lambda one: one[0])
+                for kind in (WarpPlan, GroupPlan):
+                    mine = [one for one in best if isinstance(one[1], kind)]
+                    if mine:
+                        seconds, plan, error = mine[0]
+                        print(
+                            f"{weight_format} {name:16} rows {rows:3}  {seconds * 1e6:7.2f} us  {ideal / seconds:5.1%}  error {error:.1e}  {plan}",
+                            flush=True,
+                        )
+                if best and name != "head":
+                    totals[weight_format, rows] = totals.get((weight_format, rows), 0.0) + best[0][0] * 28
+            del stored
+    for (weight_format, rows), seconds in totals.items():
+        print(f"{weight_format} rows {rows}: all linears of 28 layers {seconds * 1e3:.3f} ms")
+    if arguments.json:
+        arguments.json.write_text("\n".join(json.dumps(one) for one in results))
+
+
+if __name__ == "__main__":
+    main()
