@@ -54,3 +54,5 @@ class Batch:
     """The longest sequence's number of tokens in this pass, a host value."""
     max_kv_len: int = 0
     """A host-side bound for kv_lens."""
+    adapter_slots: torch.Tensor | None = None
+    """[T] int64: each token's slot in the adapter bank, 0 for none. None: no token of the batch has an adapter."""

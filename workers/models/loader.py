@@ -6,18 +6,18 @@ device. Knows nothing about tokenizers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from workers.models.chatglm import ChatGLM
 from workers.models.config import CheckpointError, Dtype, ModelConfig, read_json
 from workers.models.layers import LinearFactory, plain_linear
-from workers.models.weight_file import file_in_folder, read_directory
+from workers.models.lora import linear_shapes, read_adapter
+from workers.models.stored_tensors import stored_tensors
+from workers.models.weight_file import file_in_folder
 
 SAFETENSORS_FILE: Final = "model.safetensors"
 SAFETENSORS_INDEX: Final = "model.safetensors.index.json"
@@ -41,11 +41,14 @@ def load_model(
     device: torch.device | str = "cpu",
     make_linear: LinearFactory = plain_linear,
     config: ModelConfig | None = None,
+    adapter: Path | str | None = None,
 ) -> ChatGLM:
     """The network of the checkpoint in this folder, ready for inference on this device.
 
-    `dtype`: of weights and computation; the stored one by default.
-    Raises CheckpointError for a missing file, a missing tensor or one of a wrong shape, and names it.
+    `dtype`: of weights and computation; the stored one by default. `adapter`: the folder of a LoRA that is merged into
+    the weights.
+    Raises CheckpointError for a missing file, a missing tensor or one of a wrong shape, and names it; AdapterError, which
+    is one, where the adapter is to blame.
     """
     folder = Path(folder)
     config = config or ModelConfig.from_folder(folder)
@@ -53,6 +56,7 @@ def load_model(
     with torch.device("meta"):
         model = ChatGLM(config, make_linear)
     expected = dict(model.state_dict(keep_vars=True))
+    lora = None if adapter is None else read_adapter(adapter, linear_shapes(model))
     files = weight_files(folder)
     loaded: set[str] = set()
     for path, name, tensor in stored_tensors(files):
@@ -68,7 +72,9 @@ def load_model(
             raise CheckpointError(
                 path, f"{name} has the dtype {tensor.dtype}", "Use the checkpoint with fp16 weights"
             )
-        _assign(model, name, tensor.to(device=device, dtype=dtype or DTYPES[config.dtype], copy=True))
+        target_dtype = dtype or DTYPES[config.dtype]
+        weights = tensor if lora is None else lora.merged(name, tensor, target_dtype)
+        _assign(model, name, weights.to(device=device, dtype=target_dtype, copy=True))
         loaded.add(name)
     _tie(model, loaded)
     missing = sorted(expected.keys() - loaded)
@@ -108,48 +114,6 @@ def _indexed_files(folder: Path, index_path: Path) -> list[Path]:
             index_path, "weight_map is not a table of tensor names and file names", "Download it again"
         )
     return [file_in_folder(folder, name, index_path) for name in sorted(set(weight_map.values()))]
-
-
-def stored_tensors(files: list[Path]) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    """The tensors of these files one after another, mapped and not copied: (file, name, tensor).
-
-    All files are checked before the first tensor is read. Raises CheckpointError when one cannot be read as weights
-    alone.
-    """
-    for path in files:
-        read_directory(path)
-    for path in files:
-        if path.suffix == ".safetensors":
-            yield from _safetensors(path)
-        else:
-            yield from _bin_tensors(path)
-
-
-def _safetensors(path: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                yield path, name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            path, f"the file cannot be read ({error})", "It may be incomplete: download it again"
-        ) from error
-
-
-def _bin_tensors(path: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise CheckpointError(
-            path,
-            f"the file cannot be read as weights alone ({type(error).__name__}: {error})",
-            "Download it again, or use the safetensors version",
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(path, "the file holds no table of tensors", "Download it again")
-    for name, tensor in state.items():
-        if isinstance(name, str) and isinstance(tensor, torch.Tensor):
-            yield path, name, tensor
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
