@@ -1,6 +1,6 @@
-"""Ask glmq from a service that has nothing but Celery and redis-py: `python plain_celery.py 新冠肺炎怎么预防`.
+"""Ask glmq from a service that has nothing but Celery and redis-py (`pip install "celery[redis]"`).
 
-One task by name, and one Redis stream to read. Exit code 1 if there is no answer.
+`python plain_celery.py 新冠肺炎怎么预防` sends one task by name and reads one Redis stream. Exit code 1 if there is no answer.
 """
 
 import json

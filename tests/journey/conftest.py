@@ -9,14 +9,13 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from producer.client import Client
 from producer.contract import Event, Finished, Token
-from producer.ledger import calls
 from producer.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -76,15 +75,17 @@ class WorkerProcess:
             self.process.wait()
             pytest.fail(f"the worker did not end:\n{self.log}")
 
-    def children(self) -> list[int]:
-        """Process ids of its engine."""
-        text = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        listed = [child for task in text.parents[1].iterdir() for child in (task / "children").read_text().split()]
-        return [int(child) for child in listed]
+    def engine_pid(self) -> int:
+        """Process id of its engine, the only child that it has."""
+        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
+        (child,) = [child for task in tasks for child in (task / "children").read_text().split()]
+        return int(child)
 
 
 @pytest.fixture
-def new_worker(checkpoint: Path, settings: Settings, tmp_path: Path) -> Iterator[Callable[..., WorkerProcess]]:
+def new_worker(
+    checkpoint: Path, settings: Settings, tmp_path: Path
+) -> Iterator[Callable[..., WorkerProcess]]:
     """Starts workers of the test's own deployment; ends them, however the test ends."""
     workers: list[WorkerProcess] = []
 
@@ -122,24 +123,25 @@ def road(
 
 @pytest.fixture
 def road_client(road: WorkerProcess) -> Iterator[Client]:
-    with Client(replace(road.settings)) as client:
+    with Client(road.settings) as client:
         yield client
 
 
-def check_stream(events: list[Event]) -> Finished:
-    """Every token once, in order, and all of them together the answer."""
-    started, *tokens, finished = events
-    assert started.type == "started"
-    assert isinstance(finished, Finished), finished
-    index = 0
-    for token in tokens:
-        assert isinstance(token, Token)
-        assert token.index - len(token.ids) == index
-        index = token.index
-    assert "".join(token.text for token in tokens if isinstance(token, Token)) == finished.text
-    assert finished.usage.completion_tokens == index
-    return finished
+@pytest.fixture
+def check_stream() -> Callable[[list[Event]], Finished]:
+    """Every token once, in order, and all of them together the answer. Returns the last event."""
 
+    def check(events: list[Event]) -> Finished:
+        started, *tokens, finished = events
+        assert started.type == "started"
+        assert isinstance(finished, Finished), finished
+        index = 0
+        for token in tokens:
+            assert isinstance(token, Token)
+            assert token.index - len(token.ids) == index
+            index = token.index
+        assert "".join(token.text for token in tokens if isinstance(token, Token)) == finished.text
+        assert finished.usage.completion_tokens == index
+        return finished
 
-def state_of(client: Client, request_id: str) -> str:
-    return client.ledger.run(calls.status(request_id)).state
+    return check
