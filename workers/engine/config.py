@@ -34,6 +34,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of prompt and answer together, at most; None: the checkpoint's."""
     num_threads: int | None = None
     """CPU threads; None: torch's choice."""
+    trust_remote_code: bool = False
+    """The reference engine alone: it may run the Python files of the checkpoint's folder."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_prefill_tokens", "block_size"):

@@ -62,7 +62,7 @@ class Engine:
         """Loads the checkpoint. Raises CheckpointError, or ValueError for a device that is not there."""
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        device = _device(config.device)
+        device = find_device(config.device)
         model_config = ModelConfig.from_folder(config.checkpoint)
         tokenizer = Tokenizer.from_folder(config.checkpoint, model_config)
         if config.dtype != "auto":
@@ -174,7 +174,8 @@ def _num_blocks(model: ChatGLM, config: EngineConfig, context_len: int) -> int:
     return min(max(num_affordable, blocks_per_seq), config.max_num_seqs * blocks_per_seq) + 1
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that a setting means. Raises ValueError when it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -23,18 +23,37 @@ from workers.engine.messages import (
     Fatal,
     FromEngine,
     Generate,
+    Ready,
+    Refused,
     Shutdown,
+    Step,
     ToEngine,
     to_engine_decoder,
 )
 
-if TYPE_CHECKING:
-    from workers.engine.engine import Engine
-
 PARENT_CHECK_SECONDS: Final = 1.0
 
 
-def serve(connection: Connection, engine: Engine) -> None:
+class ServedEngine(Protocol):
+    """What this process needs of an engine."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add(self, message: Generate) -> Refused | None: ...
+
+    def abort(self, sequence_id: int) -> None: ...
+
+    def step(self) -> Step: ...
+
+    def ready(self, load_seconds: float) -> Ready: ...
+
+
+NewEngine = Callable[[EngineConfig], ServedEngine]
+"""Loads a checkpoint. Raises ValueError when the checkpoint or a setting is wrong."""
+
+
+def serve(connection: Connection, engine: ServedEngine) -> None:
     """Runs steps while there is work and waits for commands while there is none. Returns on Shutdown or a lost parent."""
     encoder = msgspec.msgpack.Encoder()
 
@@ -54,7 +73,7 @@ def serve(connection: Connection, engine: Engine) -> None:
         return
 
 
-def _obey(engine: Engine, message: ToEngine, send: Callable[[FromEngine], None]) -> None:
+def _obey(engine: ServedEngine, message: ToEngine, send: Callable[[FromEngine], None]) -> None:
     if isinstance(message, Generate):
         refused = engine.add(message)
         if refused is not None:
@@ -63,14 +82,18 @@ def _obey(engine: Engine, message: ToEngine, send: Callable[[FromEngine], None])
         engine.abort(message.sequence_id)
 
 
-def _load(config: EngineConfig, connection: Connection) -> Engine | None:
-    """The engine of this config, announced; None when the checkpoint or a setting is wrong, which the worker is told."""
-    started = time.monotonic()
+def _native_engine(config: EngineConfig) -> ServedEngine:
     # torch is imported here: only now is the environment complete.
     from workers.engine.engine import Engine  # noqa: PLC0415
 
+    return Engine.from_config(config)
+
+
+def _load(config: EngineConfig, connection: Connection, new_engine: NewEngine) -> ServedEngine | None:
+    """The engine of this config, announced; None when the checkpoint or a setting is wrong, which the worker is told."""
+    started = time.monotonic()
     try:
-        engine = Engine.from_config(config)
+        engine = new_engine(config)
     except ValueError as error:
         connection.send_bytes(msgspec.msgpack.encode(Fatal(str(error))))
         return None
@@ -78,15 +101,15 @@ def _load(config: EngineConfig, connection: Connection) -> Engine | None:
     return engine
 
 
-def main(arguments: list[str]) -> int:
-    """`arguments`: the connection's file descriptor, and the process id of the parent."""
+def main(arguments: list[str], new_engine: NewEngine = _native_engine) -> int:
+    """Serves the engine that `new_engine` loads. `arguments`: the connection's file descriptor, and the process id of the parent."""
     file_descriptor, parent_pid = map(int, arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(parent_pid,), daemon=True).start()
     connection = Connection(file_descriptor)
     try:
         config = msgspec.msgpack.decode(connection.recv_bytes(), type=EngineConfig)
-        engine = _load(config, connection)
+        engine = _load(config, connection, new_engine)
         if engine is None:
             return 1
         serve(connection, engine)
