@@ -33,7 +33,7 @@ app.command("doctor")(doctor.doctor)
 def main() -> None:
     """Entry point of the console script."""
     try:
-        app()
+        app(prog_name="glmq")
     except GlmqError as error:
         print(f"glmq: {error}", file=sys.stderr)
         sys.exit(1)
