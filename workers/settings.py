@@ -11,7 +11,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from producer.contract import InvalidSetting
 from producer.settings import Settings
@@ -19,6 +19,8 @@ from workers.engine.config import DtypeSetting
 
 DEMO_CHECKPOINT = Path(__file__).parent / "models" / "demo"
 DTYPES: tuple[DtypeSetting, ...] = get_args(DtypeSetting)
+Backend = Literal["native", "reference"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 def new_worker_id() -> str:
@@ -38,8 +40,12 @@ class WorkerSettings:
     device: str = "auto"
     """auto, cpu, or cuda:N."""
     dtype: DtypeSetting = "auto"
+    backend: Backend = "native"
+    """native, or reference: the checkpoint's own code on transformers."""
+    trust_remote_code: bool = False
+    """The reference backend may run the Python files of the checkpoint's folder."""
     slots: int = 64
-    """Requests that are answered at the same time."""
+    """Requests that are answered at the same time. The reference backend answers one."""
     context_len: int | None = None
     """Tokens of prompt and answer together; None: the checkpoint's."""
     cache_gib: float | None = None
@@ -71,6 +77,13 @@ class WorkerSettings:
             raise InvalidSetting(
                 "GLMQ_DTYPE", f"{self.dtype!r} is no dtype", f"Use one of {', '.join(DTYPES)}."
             )
+        if self.backend not in BACKENDS:
+            raise InvalidSetting(
+                "GLMQ_BACKEND", f"{self.backend!r} is no backend", f"Use {' or '.join(BACKENDS)}."
+            )
+        if self.backend == "reference":
+            self._check_trust()
+            object.__setattr__(self, "slots", 1)
         if not 1 <= self.slots <= 4096:
             raise InvalidSetting("GLMQ_SLOTS", f"{self.slots} is out of range", "Use 1 to 4096.")
         if self.num_threads is not None and self.num_threads < 1:
@@ -95,6 +108,15 @@ class WorkerSettings:
                 "GLMQ_LEASE_SECONDS", f"{self.lease_seconds} cannot be renewed in time", "Use 0.4 or more."
             )
 
+    def _check_trust(self) -> None:
+        if not self.trust_remote_code:
+            raise InvalidSetting(
+                "GLMQ_BACKEND",
+                f"the reference backend runs the Python files in {self.checkpoint} with all your rights, "
+                "and that has not been allowed",
+                "Read them, then say --trust-remote-code; or use the native backend, which runs nothing from a checkpoint.",
+            )
+
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
         """Read GLMQ_* (and what `Settings` reads); `overrides` that are not None win."""
@@ -112,6 +134,7 @@ _VARIABLES: dict[str, tuple[str, type]] = {
     "checkpoint": ("GLMQ_CHECKPOINT", Path),
     "device": ("GLMQ_DEVICE", str),
     "dtype": ("GLMQ_DTYPE", str),
+    "backend": ("GLMQ_BACKEND", str),
     "slots": ("GLMQ_SLOTS", int),
     "context_len": ("GLMQ_CONTEXT", int),
     "cache_gib": ("GLMQ_CACHE_GIB", float),

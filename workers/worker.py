@@ -25,7 +25,7 @@ from producer.ledger import Ledger, calls, connect
 from workers.app import create_app
 from workers.claims import Claims
 from workers.control import Control
-from workers.engine.client import EngineClient, EngineDied
+from workers.engine.client import ENGINE_MODULE, EngineClient, EngineDied
 from workers.engine.config import EngineConfig
 from workers.engine.detokenizer import StreamDetokenizer
 from workers.engine.messages import Abort, Generate, Ready, Refused, Step
@@ -37,11 +37,13 @@ from workers.pool import StartFailed, Ticket
 from workers.prompts import Prompts
 from workers.publisher import Publisher
 from workers.running import RELEASED, RunningRequest, RunningRequests
-from workers.settings import DTYPES, WorkerSettings
+from workers.settings import BACKENDS, DTYPES, Backend, WorkerSettings
 from workers.tasks import carries_request
 
 logger = logging.getLogger(__name__)
 
+ENGINES: dict[Backend, str] = {"native": ENGINE_MODULE, "reference": "workers.reference.process"}
+"""What the engine process runs."""
 RESTART_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits before the engine is started again; the last one repeats."""
 FLUSH_AT_STOP_SECONDS = 5.0
@@ -206,7 +208,7 @@ class Worker:
         """One life of the engine process."""
         self._failure = None
         try:
-            self._engine = EngineClient(engine_config(self.settings))
+            self._engine = EngineClient(engine_config(self.settings), module=ENGINES[self.settings.backend])
             for message in self._engine.messages():
                 self._last_progress = time.monotonic()
                 match message:
@@ -329,6 +331,7 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         cache_gib=settings.cache_gib,
         context_len=settings.context_len,
         num_threads=settings.num_threads,
+        trust_remote_code=settings.trust_remote_code,
     )
 
 
@@ -368,6 +371,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the computation (default: auto)")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        help="native, or reference: the checkpoint's own code on transformers, one request at a time",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        default=None,
+        help="let the reference backend run the Python files of the checkpoint's folder",
+    )
     parser.add_argument("--slots", type=int, help="requests answered at the same time (default: 64)")
     parser.add_argument(
         "--context", type=int, dest="context_len", metavar="TOKENS", help="prompt and answer together"
