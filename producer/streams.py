@@ -408,11 +408,11 @@ class AsyncPushes:
 
     async def close(self) -> None:
         """Stop listening."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        task, self._task = self._task, None
+        while task is not None and not task.done():
+            # More than once: redis-py loses a cancellation that arrives while it connects.
+            task.cancel()
+            await asyncio.wait([task], timeout=0.05)
         await self._connection.aclose()
 
     async def _listen(self) -> None:

@@ -50,3 +50,22 @@ def ledger(redis_url: str, keys: Keys) -> Iterator[Ledger]:
 def client(settings: Settings) -> Iterator[Client]:
     with Client(settings) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small ChatGLM-6B of random weights and a tokenizer of its own."""
+    from tests.random_checkpoint import write_random_checkpoint
+
+    folder = tmp_path_factory.mktemp("tiny-checkpoint")
+    write_random_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_root() -> Path:
+    """Data that the original code made. GLMQ_TEST_GOLDEN names another folder than the one beside the repository."""
+    folder = Path(os.environ.get("GLMQ_TEST_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
+    if not folder.is_dir():
+        pytest.skip(f"the golden data is not at {folder}: set GLMQ_TEST_GOLDEN to its folder")
+    return folder

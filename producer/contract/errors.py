@@ -63,12 +63,16 @@ _REMEDIES = {
 }
 
 
+_TYPES = {"tuple": "list", "dict": "object", "named_tuple": "[query, answer]"}
+"""What a caller who writes JSON calls them."""
+
+
 def _remedy(kind: str, context: dict[str, Any]) -> str:
     """What to do about a pydantic error of this type."""
     if kind in _REMEDIES:
         return _REMEDIES[kind].format(**context)
-    expected = kind.removesuffix("_type").removesuffix("_parsing").replace("_", " ")
-    return f"Send a value of type {expected}."
+    expected = kind.removesuffix("_type").removesuffix("_parsing")
+    return f"Send a value of type {_TYPES.get(expected, expected.replace('_', ' '))}."
 
 
 class InvalidSetting(GlmqError, ValueError):
