@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from producer.client import Client
+from producer.client import AsyncClient, Client
 from producer.contract import (
     ChatRequest,
     Event,
@@ -230,3 +231,18 @@ def test_many_clients_in_many_threads_share_one_worker(
         thread.join(60)
 
     assert problems == []
+
+
+def test_one_event_loop_may_follow_more_requests_than_it_has_connections(
+    road: Any, check_stream: Check
+) -> None:
+    async def ask(client: AsyncClient, number: int) -> list[Event]:
+        submission = await client.chat(f"q{number}", sampling=SamplingParams(max_new_tokens=3, seed=number))
+        return [event async for event in submission.stream()]
+
+    async def ask_all() -> list[list[Event]]:
+        async with AsyncClient(road.settings) as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(150)))
+
+    for events in asyncio.run(ask_all()):
+        check_stream(events)
