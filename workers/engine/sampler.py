@@ -228,12 +228,23 @@ class Candidates(NamedTuple):
     def draw(self, num_candidates: int) -> torch.Tensor:
         """[B] indexes into the vocabulary: the inverse of the filtered distribution's CDF at `draws`.
 
-        Candidates are ordered by falling score, then by index, whatever path finds them: the same draw then gives the
-        same token beside any other sequences. `num_candidates` is at least every top-k.
+        `num_candidates` is at least every top-k.
         """
-        is_greedy = self.temperatures == 0
-        scores = self.scores / torch.where(is_greedy, 1.0, self.temperatures).unsqueeze(1)
-        values, indexes = _sorted_candidates(scores, num_candidates)
+        indexes, probabilities = self.filtered(num_candidates)
+        cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+        targets = self.draws * cumulative[:, -1]
+        places = (cumulative <= targets.unsqueeze(1)).sum(dim=-1).clamp(max=indexes.shape[1] - 1)
+        places = torch.where(self.temperatures == 0, 0, places)
+        return indexes.gather(1, places.unsqueeze(1)).squeeze(1)
+
+    def filtered(self, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(indexes, probabilities) of the candidates, [B, C]: 0 for what is cut; the sum of a row may be below 1.
+
+        They are ordered by falling score, then by index, whatever path finds them: a draw then gives the same token
+        beside any other sequences.
+        """
+        temperatures = torch.where(self.temperatures == 0, 1.0, self.temperatures)
+        values, indexes = _sorted_candidates(self.scores / temperatures.unsqueeze(1), num_candidates)
         # Top-k keeps every score that equals the k-th, as transformers does.
         last = values.gather(1, (self.top_ks.clamp(max=values.shape[1]) - 1).unsqueeze(1))
         probabilities = values.masked_fill(values < last, -torch.inf).softmax(dim=-1)
@@ -241,11 +252,7 @@ class Candidates(NamedTuple):
         # With top_p 1 nothing is cut, although the sum of what came before may be rounded up to 1.
         is_kept = (before < self.top_ps.unsqueeze(1)) | (self.top_ps >= 1).unsqueeze(1)
         is_kept[:, 0] = True
-        cumulative = torch.where(is_kept, probabilities, 0).cumsum(dim=-1, dtype=torch.float64)
-        targets = self.draws * cumulative[:, -1]
-        places = (cumulative <= targets.unsqueeze(1)).sum(dim=-1)
-        places = torch.where(is_greedy, 0, places.clamp(max=values.shape[1] - 1))
-        return indexes.gather(1, places.unsqueeze(1)).squeeze(1)
+        return indexes, torch.where(is_kept, probabilities, 0)
 
 
 def _sorted_candidates(scores: torch.Tensor, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:

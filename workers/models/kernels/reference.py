@@ -130,7 +130,9 @@ def attend_decode(
     values = layer_values[tables].transpose(1, 2).reshape(shape)
     index = torch.arange(num_blocks * block_size, device=q.device)
     visible = (index < kv_lens.unsqueeze(1))[:, None, None, :]
-    # Blocks that hold nothing yet may hold anything, NaN included, and 0 * NaN would spread it.
-    values.masked_fill_(~visible.transpose(-1, -2), 0)
+    # What lies behind a sequence's end may be anything, NaN of a broken sequence included, which no mask stops.
+    is_hidden = ~visible.transpose(-1, -2)
+    keys.masked_fill_(is_hidden, 0)
+    values.masked_fill_(is_hidden, 0)
     attended = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=visible, scale=scale)
     return attended.squeeze(2)
