@@ -29,8 +29,8 @@ _UNAVAILABLE = (
     redis.ReadOnlyError,
     redis.exceptions.ClusterDownError,
 )
-_UNAVAILABLE_ANSWERS = ("MISCONF", "MASTERDOWN", "NOREPLICAS")
-"""Of the same kind, but without an exception of their own."""
+_UNAVAILABLE_ANSWERS = re.compile(r"\b(OOM|MISCONF|READONLY|MASTERDOWN|NOREPLICAS)\b")
+"""Of the same kind, without an exception of their own. Redis 6.2 puts the code behind the script's name."""
 
 MAX_CONNECTIONS = 32
 """Of one ledger. More would not make a single-threaded server faster."""
@@ -145,7 +145,7 @@ def _pool(kind: Any, url: str, timeout_seconds: float, retry: object) -> Any:
 
 def raise_unavailable(address: str, error: Exception) -> None:
     """Raise RedisUnavailable if the error says that the server cannot be reached or takes no writes now."""
-    if isinstance(error, _UNAVAILABLE) or str(error).startswith(_UNAVAILABLE_ANSWERS):
+    if isinstance(error, _UNAVAILABLE) or _UNAVAILABLE_ANSWERS.search(str(error)):
         raise RedisUnavailable(address, error) from error
 
 
