@@ -33,10 +33,6 @@ class Admission:
     def layout(self, message: Generate) -> Layout:
         """The layout of a sequence that can be run. Raises CannotRun."""
         _check_sampling(message.sampling)
-        if message.adapter is not None:
-            raise CannotRun(
-                "unknown_adapter", f"adapter: {message.adapter!r} is not loaded, nor is any other"
-            )
         self._check_tokens(message)
         try:
             return Layout.of_prompt(

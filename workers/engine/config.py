@@ -34,6 +34,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of prompt and answer together, at most; None: the checkpoint's."""
     num_threads: int | None = None
     """CPU threads; None: torch's choice."""
+    adapters: dict[str, str] = {}
+    """Name → folder of adapters that are loaded at the start; one that cannot be loaded stops it."""
+    known_adapters: dict[str, str] = {}
+    """Name → folder of adapters that are loaded when a sequence first asks for them."""
+    merge_adapter: bool = False
+    """Add the one adapter to the weights, instead of running it beside them."""
+    max_adapters: int = 8
+    """Adapters in memory at the same time."""
+    max_adapter_rank: int = 64
+    """Of one adapter; all slots have the memory of the largest one that was loaded."""
     trust_remote_code: bool = False
     """The reference engine alone: it may run the Python files of the checkpoint's folder."""
 
@@ -45,6 +55,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}: it must be at least {least}")
+        if self.max_adapters < 0:
+            raise ValueError(f"max_adapters is {self.max_adapters}: it must be 0 or more")
+        if self.max_adapter_rank < 1:
+            raise ValueError(f"max_adapter_rank is {self.max_adapter_rank}: it must be at least 1")
+        if self.merge_adapter and len(self.adapters) != 1:
+            raise ValueError(
+                f"merge_adapter is set with {len(self.adapters)} adapters: give exactly one --adapter to merge"
+            )
+        if not self.merge_adapter and len(self.adapters) > self.max_adapters:
+            raise ValueError(
+                f"max_adapters is {self.max_adapters}, and {len(self.adapters)} are to be loaded at the start: raise it"
+            )
         if self.cache_gib is not None and not self.cache_gib > 0:
             raise ValueError(f"cache_gib is {self.cache_gib}: it must be above 0")
         index = self.device.removeprefix("cuda:")

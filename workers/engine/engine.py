@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import torch
 
+from workers.engine.adapters import Adapters
 from workers.engine.admission import Admission, CannotRun
 from workers.engine.block_manager import BlockManager
 from workers.engine.config import GIB, EngineConfig
-from workers.engine.messages import Generate, Ready, Refused, Step
+from workers.engine.messages import FromEngine, Generate, Ready, Refused, Step
 from workers.engine.model_runner import ModelRunner
 from workers.engine.sampler import Sampler
 from workers.engine.scheduler import Schedule, Scheduler
 from workers.engine.sequence import Sequence
+from workers.models.adapter_bank import AdapterBank
 from workers.models.batch import KVCache
 from workers.models.chatglm import ChatGLM
 from workers.models.config import ModelConfig
@@ -24,8 +27,12 @@ from workers.models.tokenizer import Tokenizer
 class Engine:
     """Continuous batching over one model on one device. Single-threaded."""
 
-    def __init__(self, model: ChatGLM, tokenizer: Tokenizer, config: EngineConfig) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, model: ChatGLM, tokenizer: Tokenizer, config: EngineConfig, adapters: Adapters | None = None
+    ) -> None:
+        """adapters: those of this model; None: it takes none."""
+        self.adapters = adapters or Adapters(None)
+        self.tokenizer = tokenizer
         self._device = model.device
         self._dtype = model.dtype
         context_len = config.context_len or model.config.max_sequence_length
@@ -70,8 +77,17 @@ class Engine:
         else:
             # Few CPUs compute in half precision, and none of them fast.
             dtype = torch.float32 if device.type == "cpu" else DTYPES[model_config.dtype]
-        model = load_model(config.checkpoint, dtype=dtype, device=device, config=model_config)
-        return cls(model, tokenizer, config)
+        merged = next(iter(config.adapters.items()), None) if config.merge_adapter else None
+        model = load_model(
+            config.checkpoint,
+            dtype=dtype,
+            device=device,
+            config=model_config,
+            adapter=merged[1] if merged else None,
+        )
+        # Before the cache, which takes the memory that is left.
+        adapters = _adapters(model, config, merged[0] if merged else None)
+        return cls(model, tokenizer, config, adapters)
 
     def step(self) -> Step:
         """Runs one step: the next token of some sequences. Call it only while there is work."""
@@ -83,7 +99,7 @@ class Engine:
             token_ids=token_ids,
             finish_reasons=finish_reasons,
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=len(self.scheduler.waiting) + self.adapters.num_waiting,
             num_free_blocks=self.scheduler.block_manager.num_free_blocks,
             num_preemptions=self.scheduler.num_preemptions,
         )
@@ -99,6 +115,7 @@ class Engine:
                 message.sequence_id, "invalid_request", "the engine has a sequence with this id already"
             )
         try:
+            self.adapters.check(message.adapter)
             layout = self._admission.layout(message)
         except CannotRun as error:
             return Refused(message.sequence_id, error.code, str(error))
@@ -112,13 +129,25 @@ class Engine:
             max_len=min(len(message.prompt_ids) + message.sampling.max_new_tokens, self.context_len),
         )
         self._sequences[sequence.sequence_id] = sequence
-        self.scheduler.add(sequence)
+        if self.adapters.take(sequence, message.adapter):
+            self.scheduler.add(sequence)
         return None
+
+    def settle(self) -> list[FromEngine]:
+        """What happens between two steps: adapters come, and sequences that waited for them. Returns what the worker is to
+        be told. To be called before each step, and while `adapters.is_loading`."""
+        admitted, news = self.adapters.settle()
+        for sequence in admitted:
+            self.scheduler.add(sequence)
+        for message in news:
+            if isinstance(message, Refused):
+                del self._sequences[message.sequence_id]
+        return news
 
     def abort(self, sequence_id: int) -> None:
         """Forgets this sequence, whether it waits or runs; its blocks are free at once. An unknown id is ignored."""
         sequence = self._sequences.pop(sequence_id, None)
-        if sequence is not None:
+        if sequence is not None and self.adapters.release(sequence):
             self.scheduler.remove(sequence)
 
     def ready(self, load_seconds: float) -> Ready:
@@ -130,6 +159,8 @@ class Engine:
             device=str(self._device),
             dtype=str(self._dtype).removeprefix("torch."),
             load_seconds=load_seconds,
+            adapters=self.adapters.names,
+            loaded_adapters=self.adapters.loaded,
         )
 
     def _advance(self, schedule: Schedule, token_ids: list[int]) -> list[str]:
@@ -137,10 +168,11 @@ class Engine:
         finish_reasons = []
         for sequence, token_id in zip(schedule.sequences, token_ids, strict=True):
             sequence.token_ids.append(token_id)
-            finish_reason = sequence.finish_reason(self._tokenizer.eos_id)
+            finish_reason = sequence.finish_reason(self.tokenizer.eos_id)
             if finish_reason:
                 del self._sequences[sequence.sequence_id]
                 self.scheduler.remove(sequence)
+                self.adapters.release(sequence)
             finish_reasons.append(finish_reason)
         return finish_reasons
 
@@ -151,6 +183,22 @@ def new_cache(model: ChatGLM, num_blocks: int, block_size: int) -> KVCache:
     shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
     keys, values = (torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2))
     return KVCache(keys, values)
+
+
+def _adapters(model: ChatGLM, config: EngineConfig, merged: str | None) -> Adapters:
+    """The adapters of this model, those of the start loaded. Raises AdapterError."""
+    if merged is not None:
+        why = f"{merged} is merged into the weights, and no other adapter fits those"
+        return Adapters(None, fixed=[merged], why_fixed=why)
+    if config.max_adapters == 0:
+        return Adapters(None)
+    bank = AdapterBank(model, config.max_adapters, dtype=model.dtype, device=model.device)
+    adapters = Adapters(bank, max_rank=config.max_adapter_rank)
+    for name, folder in config.known_adapters.items():
+        adapters.know(name, Path(folder))
+    for name, folder in config.adapters.items():
+        adapters.load_now(name, Path(folder))
+    return adapters
 
 
 def _num_blocks(model: ChatGLM, config: EngineConfig, context_len: int) -> int:

@@ -44,11 +44,29 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     sequence_id: int
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """This name stands for the adapter in this folder. What answered to the name before finishes its sequences."""
+
+    name: str
+    folder: str
+    command_id: str = ""
+    """Comes back in the `AdaptersChanged` that answers."""
+    now: bool = True
+    """Read it at once, so that a fault is known, and load it if a slot can be had; else when it is first asked for."""
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Nobody can ask for this adapter any more. Sequences that have it keep it to their end."""
+
+    name: str
+    command_id: str = ""
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Stop at once."""
 
 
-ToEngine = Generate | Abort | Shutdown
+ToEngine = Generate | Abort | LoadAdapter | UnloadAdapter | Shutdown
 
 # --- to the worker ---------------------------------------------------------------------------------------------------
 
@@ -64,6 +82,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     dtype: str
     load_seconds: float
     adapters: list[str] = []
+    """Names that a sequence can ask for."""
+    loaded_adapters: list[str] = []
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
@@ -85,8 +105,22 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
     sequence_id: int
     code: str
-    """`context_exceeded`, `unknown_adapter`, `invalid_request`."""
+    """`context_exceeded`, `unknown_adapter`, `invalid_adapter`, `invalid_request`."""
     message: str
+
+
+class AdaptersChanged(msgspec.Struct, frozen=True, tag=True):
+    """The answer to LoadAdapter and UnloadAdapter; and without a command, when one was loaded because it was asked for."""
+
+    known: list[str]
+    """Names that a sequence can ask for."""
+    loaded: list[str]
+    """Those in memory, least recently used first."""
+    command_id: str = ""
+    problem: str = ""
+    """Why the command was not obeyed, and what to do."""
+    num_sequences: int = 0
+    """Those that still have what was unloaded."""
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):
@@ -95,7 +129,7 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-FromEngine = Ready | Step | Refused | Fatal
+FromEngine = Ready | Step | Refused | AdaptersChanged | Fatal
 
 to_engine_encoder = msgspec.msgpack.Encoder()
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

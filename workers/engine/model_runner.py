@@ -77,6 +77,7 @@ class ModelRunner:
             prefix_lens=self._tensor([sequence.layout.context_len for sequence in sequences], np.int32),
             max_query_len=max(lens),
             max_kv_len=max(lens),
+            adapter_slots=self._adapter_slots(sequences, lens),
         )
 
     def _decode_batch(self, sequences: list[Sequence]) -> Batch:
@@ -106,6 +107,7 @@ class ModelRunner:
             query_starts=self._tensor(np.arange(len(rows) + 1), np.int32),
             prefix_lens=self._tensor(np.zeros(len(rows)), np.int32),
             max_kv_len=max_kv_len,
+            adapter_slots=self._adapter_slots(sequences),
         )
 
     def _sampling_batch(self, sequences: list[Sequence]) -> SamplingBatch:
@@ -122,6 +124,13 @@ class ModelRunner:
         blocks = np.asarray(sequence.blocks, dtype=np.int64)
         slots: np.ndarray = blocks[indexes // block_size] * block_size + indexes % block_size
         return slots
+
+    def _adapter_slots(self, sequences: list[Sequence], lens: list[int] | None = None) -> torch.Tensor | None:
+        """Each token's slot, for sequences with so many tokens; None when no sequence has an adapter."""
+        slots = [sequence.adapter_slot for sequence in sequences]
+        if not any(slots):
+            return None
+        return self._tensor(slots if lens is None else np.repeat(slots, lens))
 
     def _tensor(self, values: object, dtype: type = np.int64) -> torch.Tensor:
         array: np.ndarray = np.ascontiguousarray(values, dtype=dtype)

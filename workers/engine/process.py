@@ -23,22 +23,42 @@ from workers.engine.messages import (
     Fatal,
     FromEngine,
     Generate,
+    LoadAdapter,
     Ready,
     Refused,
     Shutdown,
     Step,
     ToEngine,
+    UnloadAdapter,
     to_engine_decoder,
 )
 
 PARENT_CHECK_SECONDS: Final = 1.0
+LOADING_CHECK_SECONDS: Final = 0.005
+"""An idle engine looks so often whether an adapter's files have been read."""
+
+
+class ServedAdapters(Protocol):
+    """What this process needs of an engine's adapters."""
+
+    @property
+    def is_loading(self) -> bool: ...
+
+    def load(self, command: LoadAdapter) -> None: ...
+
+    def unload(self, command: UnloadAdapter) -> None: ...
 
 
 class ServedEngine(Protocol):
     """What this process needs of an engine."""
 
     @property
+    def adapters(self) -> ServedAdapters: ...
+
+    @property
     def has_work(self) -> bool: ...
+
+    def settle(self) -> list[FromEngine]: ...
 
     def add(self, message: Generate) -> Refused | None: ...
 
@@ -62,11 +82,13 @@ def serve(connection: Connection, engine: ServedEngine) -> None:
 
     try:
         while True:
-            while connection.poll(0 if engine.has_work else None):
+            while connection.poll(_patience(engine)):
                 message = to_engine_decoder.decode(connection.recv_bytes())
                 if isinstance(message, Shutdown):
                     return
                 _obey(engine, message, send)
+            for news in engine.settle():
+                send(news)
             if engine.has_work:
                 send(engine.step())
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -80,6 +102,17 @@ def _obey(engine: ServedEngine, message: ToEngine, send: Callable[[FromEngine], 
             send(refused)
     elif isinstance(message, Abort):
         engine.abort(message.sequence_id)
+    elif isinstance(message, LoadAdapter):
+        engine.adapters.load(message)
+    elif isinstance(message, UnloadAdapter):
+        engine.adapters.unload(message)
+
+
+def _patience(engine: ServedEngine) -> float | None:
+    """How long a command may let itself be waited for; None: there is nothing else to do."""
+    if engine.has_work:
+        return 0
+    return LOADING_CHECK_SECONDS if engine.adapters.is_loading else None
 
 
 def _native_engine(config: EngineConfig) -> ServedEngine:

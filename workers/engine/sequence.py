@@ -26,6 +26,8 @@ class Sequence:
     """Its blocks of the KV cache, in order."""
     row: int = -1
     """Its place in the tables that the runner keeps; -1 while it waits."""
+    adapter_slot: int = 0
+    """Where its adapter is loaded; 0: it has none."""
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -25,8 +25,8 @@ _RANK_STEP: Final = 8
 class AdapterBank:
     """Room for `num_slots` adapters beside slot 0, which stays empty.
 
-    Takes the place of the network's linear layers at construction. A layer's stack is allocated when the first adapter
-    with factors for it is loaded, and grows when one of a larger rank comes; `generation` then changes, because whatever
+    The network stays as it is until an adapter is loaded. Then each layer that it has factors for gets a stack of them
+    beside it, which grows when an adapter of a larger rank comes. `generation` changes with every new stack: whatever
     was captured with the old tensors must be captured anew.
     """
 
@@ -40,13 +40,9 @@ class AdapterBank:
         self.generation = 0
         self.rows: TokenRows | None = None
         """Whose tokens are in the present forward pass; None: no adapter at all, and no cost."""
+        self._model = model
         self._layers: dict[str, LoraLinear] = {}
-        for path in self.shapes:
-            parent, _, name = path.rpartition(".")
-            layer = LoraLinear(model.get_submodule(path), self)
-            setattr(model.get_submodule(parent), name, layer)
-            self._layers[path] = layer
-        model.register_forward_pre_hook(self._on_forward)
+        """Those with a stack."""
 
     @property
     def num_bytes(self) -> int:
@@ -65,7 +61,7 @@ class AdapterBank:
         self.clear(slot)
         try:
             for path, factors in adapter.factors.items():
-                layer = self._layers[path]
+                layer = self._layers.get(path) or self._install(path)
                 self.generation += layer.make_room(factors.rank)
                 if not layer.load(slot, factors):
                     raise AdapterError(
@@ -89,6 +85,15 @@ class AdapterBank:
         for layer in self._layers.values():
             layer.ranks[slot] = 0
 
+    def _install(self, path: str) -> LoraLinear:
+        """Puts a layer that can have adapters into this one's place."""
+        if not self._layers:
+            self._model.register_forward_pre_hook(self._on_forward)
+        parent, _, name = path.rpartition(".")
+        layer = self._layers[path] = LoraLinear(self._model.get_submodule(path), self)
+        setattr(self._model.get_submodule(parent), name, layer)
+        return layer
+
     def _on_forward(self, model: nn.Module, args: tuple[object, ...]) -> None:
         slots = cast(Batch, args[0]).adapter_slots
         if slots is None:
@@ -103,7 +108,7 @@ class LoraLinear(nn.Module):
     """A linear layer of any form, and beside it the factors of the loaded adapters.
 
     a: [num_slots + 1, rank, inputs], b: [num_slots + 1, rank, outputs], with the scale in b; ranks that an adapter does
-    not have are zero. None until an adapter has factors for this layer.
+    not have are zero. None until the first adapter is loaded.
     """
 
     def __init__(self, base: nn.Module, bank: AdapterBank) -> None:
