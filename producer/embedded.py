@@ -269,8 +269,8 @@ def _answering_pid(record: _Record) -> int | None:
 def _start(state_dir: Path, binary: ServerBinary) -> EmbeddedServer:
     """Start the server on the port of last time, or on another free one. The caller holds the lock."""
     port = _port_of_last_time(state_dir) or _free_port()
+    password = _password_of_last_time(state_dir) or secrets.token_urlsafe(24)
     for _ in range(10):
-        password = secrets.token_urlsafe(24)
         _write_config(state_dir, port, password)
         log_size = _size(state_dir / "server.log")
         process = _spawn(binary, state_dir)
@@ -386,6 +386,15 @@ def _port_of_last_time(state_dir: Path) -> int | None:
         except OSError:
             return None
     return port
+
+
+def _password_of_last_time(state_dir: Path) -> str | None:
+    """So that clients which wait at that port are still let in."""
+    try:
+        password = json.loads((state_dir / "server.json").read_text())["password"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return password if isinstance(password, str) and len(password) >= 32 else None
 
 
 def _free_port() -> int:
