@@ -147,7 +147,7 @@ class Claims:
             if self._is_stopping or self._arrived:
                 return
             if not self._may_claim():
-                self._wake.wait()
+                self._wake.wait(self._settings.look_seconds)
             elif not self._tickets:
                 self._wake.wait(max(self._next_look - time.monotonic(), 0))
 

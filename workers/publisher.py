@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_NO_TEXT = Failed(
+    code="internal_error",
+    message="The worker could not turn the model's output into text; its log says why. Submit the request again once that is repaired.",
+)
 MAX_RETRY_SECONDS = 1.0
 """Between two attempts to reach Redis."""
 
@@ -82,7 +86,11 @@ class Publisher:
                 # Unknown: aborted a moment ago, and the engine had not heard of it yet.
                 if running is not None:
                     is_urgent |= running.first_token is None
-                    self._add_token(running, token_id, reason)
+                    try:
+                        self._add_token(running, token_id, reason)
+                    except Exception:  # one request is a boundary
+                        logger.exception("request %s: token %d cannot be used", running.request_id, token_id)
+                        self.end(running, _NO_TEXT)
         self.speed.count(len(step.token_ids))
         self._notify(is_urgent=is_urgent)
 

@@ -209,6 +209,11 @@ class Worker:
         self._failure = None
         try:
             self._engine = EngineClient(engine_config(self.settings), module=ENGINES[self.settings.backend])
+        except ValueError as error:
+            # A setting that only the engine can judge.
+            self._failure = str(error)
+            return
+        try:
             for message in self._engine.messages():
                 self._last_progress = time.monotonic()
                 match message:
@@ -224,8 +229,7 @@ class Worker:
             logger.exception("the engine's output could not be used")
             self._failure = str(error)
         finally:
-            if self._engine is not None:
-                self._engine.close()
+            self._engine.close()
 
     def _on_ready(self, ready: Ready) -> None:
         settings = self.settings
@@ -273,9 +277,9 @@ class Worker:
 
     def _on_gone(self, running: RunningRequest) -> None:
         """A request has left this worker: its slot is free."""
+        self._claims.on_free_slot()
         if running.ticket is not None:
             running.ticket.complete()
-        self._claims.on_free_slot()
         if running.end is not None:
             end = running.end.code if isinstance(running.end, Failed) else running.end
             seconds = time.monotonic() - running.claimed

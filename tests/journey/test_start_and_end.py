@@ -9,13 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import Celery
 
+from producer.celery_settings import celery_settings
 from producer.client import Client
 from producer.contract import Event, Finished, SamplingParams, Started, Token
+from producer.embedded import EmbeddedServer
 from producer.settings import Settings
 
 pytestmark = [pytest.mark.journey, pytest.mark.timeout(180)]
@@ -192,3 +196,55 @@ def test_an_engine_dies_with_its_worker(new_worker: NewWorker) -> None:
     while Path(f"/proc/{engine}/stat").exists() and " Z " not in Path(f"/proc/{engine}/stat").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_redis_that_dies_and_comes_back_costs_a_pause_and_no_token(
+    new_worker: NewWorker, settings: Settings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mortal"
+    server = EmbeddedServer.start(folder)
+    worker = new_worker(REDIS_URL=server.url)
+    with Client(replace(settings, redis_url=server.url)) as client:
+        sampling = SamplingParams(max_new_tokens=1200, min_new_tokens=1200, temperature=0.9, seed=7)
+        submissions = [client.chat(f"question {number}", sampling=sampling) for number in range(4)]
+        streams = [submission.stream() for submission in submissions]
+        heads = [[next(stream) for _ in range(3)] for stream in streams]
+
+        os.kill(server.pid, signal.SIGKILL)
+        time.sleep(1)
+        again = EmbeddedServer.start(folder)
+        assert again.url == server.url
+
+        for head, stream in zip(heads, streams, strict=True):
+            events = head + list(stream)
+            finished = events[-1]
+            assert isinstance(finished, Finished)
+            tokens = [event for event in events if isinstance(event, Token)]
+            assert [token.index - len(token.ids) for token in tokens] == [0, *(t.index for t in tokens[:-1])]
+            assert "".join(token.text for token in tokens) == finished.text
+            assert finished.usage.completion_tokens == 1200
+        # The broker's connection comes back by itself too.
+        assert client.chat("and now?", sampling=SamplingParams(max_new_tokens=2, seed=1)).result(30)
+        assert worker.end() == 0
+        assert "Unrecoverable" not in worker.log
+    again.stop()
+
+
+def test_a_task_that_is_revoked_with_terminate_is_cancelled(road: Any) -> None:
+    app = Celery("revoker", set_as_current=False)
+    app.conf.update(celery_settings(road.settings.redis_url, road.settings.namespace))
+    sampling = {"max_new_tokens": 1900, "min_new_tokens": 1900}
+    queue = road.settings.keys.celery_queue(road.settings.model)
+    with Client(road.settings) as client:
+        task = app.send_task("glmq.chat", kwargs={"query": "x", "sampling": sampling}, queue=queue)
+        deadline = time.monotonic() + 20
+        while client.ledger.connection.hget(road.settings.keys.request(task.id), "state") != "running":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+        app.control.revoke(task.id, terminate=True)
+
+        finished = list(client.stream(task.id))[-1]
+        assert isinstance(finished, Finished)
+        assert finished.reason == "cancelled"
+    app.close()

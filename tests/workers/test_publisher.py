@@ -203,3 +203,14 @@ def test_a_publisher_that_must_stop_does_not_wait_for_redis_for_ever(
     bench.publisher.stop(0.5)
 
     assert time.monotonic() - begin < 2.5
+
+
+def test_a_token_that_is_no_text_ends_its_own_request_alone(bench: Any) -> None:
+    ids = [bench.submit(), bench.submit()]
+    bad, good = (bench.generation(request_id).sequence_id for request_id in ids)
+
+    bench.publisher.on_step(Step([bad, good], [-5, 65], ["", "stop"]))
+
+    assert bench.ended(ids[0])[-1].code == "internal_error"
+    assert bench.ended(ids[1])[-1].text == "A"
+    assert bench.aborted == [bad]
