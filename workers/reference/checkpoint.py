@@ -1,4 +1,4 @@
-"""A checkpoint loaded with its own code: AutoTokenizer, AutoModel, quantize and PeftModel, as the model card shows.
+"""A checkpoint loaded with its own code: AutoTokenizer, AutoModel and quantize, as the model card shows.
 
 Executes Python files of the checkpoint's folder, and refuses to unless told that they are trusted. Fetches nothing.
 """
@@ -17,7 +17,6 @@ from typing import Any, Final
 import torch
 
 from workers.models.config import CONFIG_FILE, CheckpointError, read_json
-from workers.models.lora import linear_shapes, read_adapter
 
 TRANSFORMERS: Final = "4.30.2"
 _AUTO_CLASSES: Final = ("AutoConfig", "AutoModel")
@@ -45,8 +44,6 @@ class Reference:
     model: Any
     """With generate() and chat()."""
     tokenizer: Any
-    peft_model: Any = None
-    """Wraps `model` when there are adapters, whose layers are then in `model` itself."""
 
     @property
     def device(self) -> torch.device:
@@ -64,16 +61,6 @@ class Reference:
         )
         return weight
 
-    def use_adapter(self, name: str | None) -> None:
-        """From now on the model answers with this adapter; None: as it was loaded."""
-        if self.peft_model is None:
-            return
-        if name is None:
-            self.peft_model.base_model.disable_adapter_layers()
-        else:
-            self.peft_model.base_model.enable_adapter_layers()
-            self.peft_model.set_adapter(name)
-
 
 def load_reference(
     folder: Path | str,
@@ -82,12 +69,11 @@ def load_reference(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     bits: int | None = None,
-    adapters: Mapping[str, str | Path] | None = None,
 ) -> Reference:
     """The model and tokenizer in this folder, loaded by the folder's own code.
 
     `dtype`: None is the model card's, half on a GPU and float on a CPU. `bits`: 4 or 8 to call its quantize().
-    Raises RemoteCodeRefused; CheckpointError when the folder has no code, or its code fails; AdapterError.
+    Raises RemoteCodeRefused; CheckpointError when the folder has no code, or its code fails.
     """
     folder, device = Path(folder).absolute(), torch.device(device)
     if not trust_remote_code:
@@ -113,7 +99,7 @@ def load_reference(
     if bits:
         model = _quantize(folder, model, bits, device)
     model = model.to(device).eval()
-    return Reference(model, tokenizer, _with_adapters(model, adapters or {}))
+    return Reference(model, tokenizer)
 
 
 def check_kernels(folder: Path | str, capability: tuple[int, int], name: str) -> None:
@@ -191,23 +177,6 @@ def _quantize(folder: Path, model: Any, bits: int, device: torch.device) -> Any:
             f"its own quantize({bits}) failed on {device} ({_in_short(error)})",
             "The original's needs an NVIDIA GPU from sm_61 to sm_86: use the native backend, which quantizes anywhere",
         ) from error
-
-
-def _with_adapters(model: Any, adapters: Mapping[str, str | Path]) -> Any:
-    if not adapters:
-        return None
-    shapes = linear_shapes(model)
-    for folder in adapters.values():
-        read_adapter(folder, shapes)  # PEFT takes one that does not fit without a word
-    from peft.peft_model import PeftModel  # noqa: PLC0415  (an extra)
-
-    peft_model = None
-    for name, folder in adapters.items():
-        if peft_model is None:
-            peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-        else:
-            peft_model.load_adapter(str(folder), adapter_name=name)
-    return peft_model
 
 
 def _in_short(error: Exception) -> str:

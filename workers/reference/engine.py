@@ -9,6 +9,7 @@ import queue
 import sys
 import threading
 from collections import deque
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -16,10 +17,12 @@ import torch
 from workers.engine.admission import Admission, CannotRun
 from workers.engine.config import EngineConfig
 from workers.engine.engine import find_device
-from workers.engine.messages import Generate, Ready, Refused, Step
+from workers.engine.messages import FromEngine, Generate, Ready, Refused, Step
 from workers.models.config import ModelConfig
 from workers.models.loader import DTYPES
+from workers.models.lora import AdapterError
 from workers.models.tokenizer import Tokenizer
+from workers.reference.adapters import ReferenceAdapters
 from workers.reference.checkpoint import Reference, load_reference
 
 _END: Final = object()
@@ -35,12 +38,11 @@ class ReferenceEngine:
         *,
         vocab_size: int,
         context_len: int,
-        adapters: tuple[str, ...] = (),
+        max_adapters: int = 8,
     ) -> None:
         self._reference = reference
         self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._adapters = adapters
+        self.adapters = ReferenceAdapters(reference.model, max_adapters=max_adapters)
         self.context_len = context_len
         self._admission = Admission(tokenizer, vocab_size, context_len)
         self._waiting: deque[Generate] = deque()
@@ -58,12 +60,22 @@ class ReferenceEngine:
             device=find_device(config.device),
             dtype=None if config.dtype == "auto" else DTYPES[config.dtype],
         )
-        return cls(
+        engine = cls(
             reference,
             Tokenizer.from_folder(config.checkpoint, model_config),
             vocab_size=model_config.vocab_size,
             context_len=config.context_len or model_config.max_sequence_length,
+            max_adapters=config.max_adapters,
         )
+        for name, folder in config.known_adapters.items():
+            engine.adapters.know(name, Path(folder))
+        for name, folder in config.adapters.items():
+            if config.merge_adapter:
+                engine.adapters.merge(name, Path(folder))
+            else:
+                engine.adapters.know(name, Path(folder))
+                engine.adapters.use(name)
+        return engine
 
     @property
     def has_work(self) -> bool:
@@ -72,6 +84,7 @@ class ReferenceEngine:
     def add(self, message: Generate) -> Refused | None:
         """Puts this sequence at the end of the line, or says why it cannot be run here."""
         try:
+            self.adapters.check(message.adapter)
             self._admission.layout(message)
         except CannotRun as error:
             return Refused(message.sequence_id, error.code, str(error))
@@ -84,6 +97,24 @@ class ReferenceEngine:
         if self._answer is not None and self._answer.sequence_id == sequence_id:
             self._answer.abort()
             self._answer = None
+
+    def settle(self) -> list[FromEngine]:
+        """What can be done between two answers: commands about adapters, and the adapter of the next answer."""
+        news: list[FromEngine] = []
+        if self._answer is None:
+            news += self.adapters.settle()
+        while self._answer is None and self._waiting:
+            message = self._waiting[0]
+            try:
+                self.adapters.check(message.adapter)
+                self.adapters.use(message.adapter)
+                break
+            except CannotRun as error:  # it was unloaded meanwhile
+                news.append(Refused(message.sequence_id, error.code, str(error)))
+            except AdapterError as error:
+                news.append(Refused(message.sequence_id, "invalid_adapter", f"adapter: {error}"))
+            self._waiting.popleft()
+        return news
 
     def step(self) -> Step:
         """The next token of the sequence that runs. Call it only while there is work; raises what generate() raises."""
@@ -113,7 +144,8 @@ class ReferenceEngine:
             device=str(self._reference.device),
             dtype=str(self._reference.dtype).removeprefix("torch."),
             load_seconds=load_seconds,
-            adapters=sorted(self._adapters),
+            adapters=self.adapters.names,
+            loaded_adapters=self.adapters.names,
         )
 
 
@@ -171,7 +203,6 @@ class Answer:
 
     def _generate(self) -> None:
         message, sampling, model = self._message, self._message.sampling, self._reference.model
-        self._reference.use_adapter(message.adapter)
         self._seed(sampling.seed, len(message.emitted_ids))
         ids = [*message.prompt_ids, *message.emitted_ids]
         warpers = {
