@@ -26,6 +26,7 @@ from workers.models.kernels.cuda_linear import (
     WarpPlan,
     linear_kernel,
     run_linear,
+    shared_bytes,
 )
 
 SHAPES = {
@@ -46,16 +47,16 @@ def candidates(weight_format: str, rows: int, in_features: int) -> list[Plan]:
         for row_tiles, split, prefetch, stages in itertools.product((1, 2, 4), (4, 8, 16), (2, 4, 8), (2, 4)):
             vectors = {"INT4": 1, "F16": 4}.get(weight_format, 2)
             registers = prefetch * row_tiles * vectors * 4 + row_tiles * tiles * 4
-            shared = split * max(stages * tiles * 1024, row_tiles * tiles * 512)
+            plan = WarpPlan(tiles, row_tiles, split, prefetch, stages)
             if (
                 registers <= 150
                 and chunks // split >= prefetch
-                and shared <= MAX_SHARED_BYTES
+                and shared_bytes(plan) <= MAX_SHARED_BYTES
                 and (tiles == 1 or row_tiles > 1)
                 and (tiles <= 2 or (split <= 8 and prefetch <= 4))
                 and (stages == 4 or (tiles > 2))
             ):
-                plans.append(WarpPlan(tiles, row_tiles, split, prefetch, stages))
+                plans.append(plan)
                 if registers <= 40 and tiles == 1 and split < 16:
                     plans.append(WarpPlan(tiles, row_tiles, split, prefetch, stages, 24 // split))
     if weight_format in ("INT4", "INT8") and rows > 4:

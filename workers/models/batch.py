@@ -12,11 +12,14 @@ class KVCache:
     """Keys and values of all layers in blocks of `block_size` tokens. Block 0 is never given to a sequence: padding
     rows of a captured graph write there.
 
-    keys, values: [num_layers, num_blocks, num_kv_heads, block_size, head_dim]. Keys are stored rotated.
+    keys, values: [num_layers, num_blocks, num_kv_heads, block_size, head_dim]. Keys are stored rotated. In int8 each vector
+    has a scale, in fp16: key_scales, value_scales, without the last dimension.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
 
     @property
     def num_blocks(self) -> int:

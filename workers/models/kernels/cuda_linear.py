@@ -1,21 +1,25 @@
-"""Matrix products of few rows with int4, int8, e4m3 or fp16 weights, each weight read once: `cuda/linear*.cu`.
+"""Linear layers with int4, int8, e4m3 or fp16 weights: for few rows the kernels of `cuda/linear*.cu`, which read each weight
+once, for many the matrix products of torch.
 
-Knows shapes and formats, and which build is fastest for which batch; knows nothing about the network.
+Knows shapes and formats, and which way is fastest for which batch; knows nothing about the network.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import torch
 
+from workers.models.kernels import weight_packing
 from workers.models.kernels.cuda_driver import Kernel
+from workers.models.kernels.cuda_ops import run_dequantize, run_rows
 
 Format = Literal["INT4", "INT8", "E4M3", "F16"]
 
 MAX_SHARED_BYTES: Final = 227 * 1024
+E4M3_MAX: Final = 448.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +71,9 @@ def linear_kernel(
             "ROW_TILES": plan.row_tiles,
             "SCALED": int(weight_format != "F16"),
         }
-        ring = plan.split * plan.stages * plan.batch_tiles * 1024
-        sums = plan.split * plan.row_tiles * plan.batch_tiles * 512
-        return Kernel("linear.cu", "linear", "pppppi", defines, plan.split * 32, max(ring, sums))
+        return Kernel("linear.cu", "linear", "pppppi", defines, plan.split * 32, shared_bytes(plan))
     defines |= {"BATCH": plan.batch, "TALL": plan.tall}
-    ring = plan.stages * (-(-plan.batch * 128 // 1024) * 1024)
-    sums = plan.batch * (128 * plan.tall + 4) * 4
-    return Kernel("linear_wgmma.cu", "linear", "pppppi", defines, 256, max(ring, sums))
+    return Kernel("linear_wgmma.cu", "linear", "pppppi", defines, 256, shared_bytes(plan))
 
 
 def linear_grid(plan: Plan, out_features: int) -> tuple[int, ...]:
@@ -98,3 +98,263 @@ def run_linear(
     kernel = linear_kernel(plan, weight_format, out.shape[1], x.shape[1], bias is not None, has_gelu)
     grid = linear_grid(plan, out.shape[1])
     kernel.launch(grid, weight, scales, bias, x, out, x.shape[0], is_dependent=is_dependent)
+
+
+# --- which build for which batch -------------------------------------------------------------------------------------
+
+Shape = Literal["tall", "square", "wide"]
+
+# For batches up to so many rows, the fastest build measured on an H100 (ops/bench/tune_linear.py, LOG.md).
+_PLANS: Final[dict[tuple[Format, Shape], tuple[tuple[int, Plan], ...]]] = {
+    ("INT4", "tall"): (
+        (8, WarpPlan(1, 2, 8, 2)),
+        (16, WarpPlan(2, 2, 8, 2)),
+        (32, GroupPlan(32, 1, 2, 4, 4, 2)),
+        (48, GroupPlan(48, 1, 2, 4, 4, 2)),
+        (64, GroupPlan(64, 1, 2, 4, 4, 2)),
+        (96, GroupPlan(96, 1, 1, 4, 6, 1)),
+        (128, GroupPlan(128, 1, 1, 4, 6, 1)),
+    ),
+    ("INT4", "square"): (
+        (8, WarpPlan(1, 2, 16, 4)),
+        (16, WarpPlan(2, 2, 16, 2)),
+        (32, WarpPlan(4, 2, 8, 4, 2)),
+        (48, WarpPlan(6, 2, 8, 4, 2)),
+        (64, WarpPlan(8, 2, 8, 4, 2)),
+        (96, GroupPlan(96, 1, 2, 4, 6, 1)),
+        (128, GroupPlan(128, 1, 2, 4, 6, 1)),
+    ),
+    ("INT4", "wide"): (
+        (8, WarpPlan(1, 1, 16, 2)),
+        (16, WarpPlan(2, 2, 16, 8)),
+        (32, GroupPlan(32, 1, 8, 2, 6, 2)),
+        (48, GroupPlan(48, 1, 8, 2, 6, 2)),
+        (64, WarpPlan(8, 2, 8, 4, 2)),
+        (96, GroupPlan(96, 1, 2, 4, 6, 1)),
+        (128, GroupPlan(128, 1, 2, 4, 6, 1)),
+    ),
+    ("INT8", "tall"): (
+        (8, WarpPlan(1, 1, 8, 2)),
+        (16, WarpPlan(2, 2, 4, 4)),
+        (32, GroupPlan(32, 1, 2, 4, 4, 2)),
+        (64, GroupPlan(64, 1, 2, 4, 4, 2)),
+        (128, GroupPlan(128, 1, 1, 4, 4, 1)),
+    ),
+    ("INT8", "square"): (
+        (8, WarpPlan(1, 1, 16, 2)),
+        (16, WarpPlan(2, 2, 16, 2)),
+        (32, GroupPlan(32, 1, 8, 4, 4, 2)),
+        (64, GroupPlan(64, 1, 4, 4, 4, 2)),
+        (128, GroupPlan(128, 1, 2, 4, 4, 1)),
+    ),
+    ("INT8", "wide"): (
+        (8, WarpPlan(1, 2, 16, 4)),
+        (16, WarpPlan(2, 2, 16, 2)),
+        (32, GroupPlan(32, 1, 8, 4, 4, 2)),
+        (64, GroupPlan(64, 1, 4, 4, 4, 2)),
+        (128, GroupPlan(128, 1, 2, 4, 4, 1)),
+    ),
+    ("F16", "tall"): ((8, WarpPlan(1, 1, 16, 2)), (16, WarpPlan(2, 2, 16, 2))),
+    ("F16", "square"): ((8, WarpPlan(1, 1, 16, 2)), (16, WarpPlan(2, 2, 16, 2))),
+    ("F16", "wide"): ((8, WarpPlan(1, 2, 16, 2)), (16, WarpPlan(2, 2, 16, 2))),
+    ("E4M3", "tall"): ((8, WarpPlan(1, 1, 16, 2)), (16, WarpPlan(2, 2, 16, 2))),
+    ("E4M3", "square"): ((8, WarpPlan(1, 1, 16, 2)), (16, WarpPlan(2, 2, 16, 2))),
+    ("E4M3", "wide"): ((8, WarpPlan(1, 2, 16, 2)), (16, WarpPlan(2, 2, 16, 2))),
+}
+
+
+def _shape(out_features: int, in_features: int) -> Shape:
+    if in_features > 8192:
+        return "wide"
+    return "tall" if out_features > 8192 else "square"
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a build must respect."""
+
+    capability: tuple[int, int]
+    max_shared_bytes: int
+
+    @classmethod
+    @functools.cache
+    def of(cls, device: torch.device) -> Card:
+        properties = torch.cuda.get_device_properties(device)
+        shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        return cls((properties.major, properties.minor), shared)
+
+
+def shared_bytes(plan: Plan) -> int:
+    """Dynamic shared memory of a block: the ring of activations, and later the sums in its place."""
+    if isinstance(plan, WarpPlan):
+        ring = plan.stages * plan.batch_tiles * 1024
+        return plan.split * max(ring, plan.row_tiles * plan.batch_tiles * 512)
+    ring = plan.stages * (-(-plan.batch * 128 // 1024) * 1024)
+    return max(ring, plan.batch * (128 * plan.tall + 4) * 4)
+
+
+@functools.cache
+def plan_for(
+    weight_format: Format, out_features: int, in_features: int, num_rows: int, card: Card
+) -> Plan | None:
+    """The build for a batch of this size; None when a matrix product of torch is faster, or the shape has no build."""
+    if out_features % 16 or in_features % 64:
+        return None
+    plans = _PLANS[weight_format, _shape(out_features, in_features)]
+    plan = next((plan for rows, plan in plans if num_rows <= rows), None)
+    if plan is None:
+        return None
+    chunks = in_features // 64
+    if isinstance(plan, GroupPlan):
+        split = min(plan.split, chunks)
+        while chunks % split:
+            split //= 2
+        if card.capability == (9, 0) and chunks // split % 2 == 0:
+            return replace(plan, split=split, prefetch=min(plan.prefetch, chunks // split))
+        if num_rows > 64:
+            return None
+        plan = WarpPlan(-(-num_rows // 8), 2, 8, 4, 2)
+    split = min(plan.split, chunks)
+    plan = replace(plan, split=split, prefetch=max(1, min(plan.prefetch, chunks // split)))
+    # Smaller cards have less shared memory than the ones that the table was measured on.
+    while shared_bytes(plan) > card.max_shared_bytes and plan.split > 1:
+        plan = replace(plan, stages=2) if plan.stages > 2 else replace(plan, split=plan.split // 2)
+    return plan
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeight:
+    """A layer's weights on a GPU in one of the formats. INT4, INT8: packed (`weight_packing`); E4M3, F16: [out, in]."""
+
+    weight_format: Format
+    weight: torch.Tensor
+    scales: torch.Tensor | None
+    """[out] float32; None for F16"""
+    bias: torch.Tensor | None
+    """[out] fp16"""
+    out_features: int
+    in_features: int
+
+    @classmethod
+    def from_dense(
+        cls, weight: torch.Tensor, bias: torch.Tensor | None, weight_format: Format
+    ) -> LinearWeight:
+        """Quantizes fp16 weights [out, in], which stay as they are."""
+        out_features, in_features = weight.shape
+        if weight_format == "F16":
+            return cls("F16", weight, None, bias, out_features, in_features)
+        if weight_format == "E4M3":
+            scales = (weight.abs().amax(dim=1).float() / E4M3_MAX).clamp(min=1e-12)
+            stored = (weight.float() / scales.unsqueeze(1)).to(torch.float8_e4m3fn)
+            return cls("E4M3", stored, scales, bias, out_features, in_features)
+        bits: weight_packing.Bits = 4 if weight_format == "INT4" else 8
+        values, half_scales = weight_packing.quantize(weight, bits)
+        return cls.from_integers(values, half_scales, bias, bits)
+
+    @classmethod
+    def from_integers(
+        cls, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, bits: weight_packing.Bits
+    ) -> LinearWeight:
+        """values: int8 [out, in]; scales: [out]."""
+        packed = weight_packing.pack(values, bits)
+        return cls("INT4" if bits == 4 else "INT8", packed, scales.float(), bias, *values.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(
+            t.numel() * t.element_size() for t in (self.weight, self.scales, self.bias) if t is not None
+        )
+
+
+@dataclass(slots=True)
+class Activations:
+    """Rows in fp16, and in e4m3 with a scale a row once somebody has made that."""
+
+    half: torch.Tensor
+    e4m3: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+
+    def as_e4m3(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.e4m3 is None or self.scales is None:
+            self.e4m3, self.scales = empty_e4m3(self.half)
+            run_rows(self.half, out_e4m3=self.e4m3, out_scales=self.scales)
+        return self.e4m3, self.scales
+
+
+def empty_e4m3(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        torch.empty(like.shape, dtype=torch.float8_e4m3fn, device=like.device),
+        torch.empty(like.shape[0], dtype=torch.float32, device=like.device),
+    )
+
+
+def takes_e4m3(weight: LinearWeight, num_rows: int, card: Card) -> bool:
+    """Whether `apply` runs this batch on the e4m3 matrix units."""
+    shape = (weight.out_features, weight.in_features)
+    return weight.weight_format == "E4M3" and plan_for("E4M3", *shape, num_rows, card) is None
+
+
+MAX_PASSES: Final = 2
+"""So many passes of the largest plan over the weights are still faster than widening them in memory first."""
+
+
+def apply(
+    weight: LinearWeight, x: Activations, *, has_gelu: bool = False, is_dependent: bool = False
+) -> Activations:
+    """y[M, N], through GELU if asked. With the e4m3 units, GELU's result is left in e4m3 alone."""
+    num_rows, (out_features, in_features) = x.half.shape[0], (weight.out_features, weight.in_features)
+    card = Card.of(weight.weight.device)
+    if takes_e4m3(weight, num_rows, card):
+        return _apply_e4m3(weight, x, has_gelu=has_gelu)
+    step, plan = num_rows, plan_for(weight.weight_format, out_features, in_features, num_rows, card)
+    if plan is None and weight.weight_format in ("INT4", "INT8") and num_rows <= MAX_PASSES * 128:
+        step = 128
+        plan = plan_for(weight.weight_format, out_features, in_features, step, card)
+    out = torch.empty(num_rows, out_features, dtype=torch.float16, device=x.half.device)
+    if plan is not None:
+        for begin in range(0, num_rows, step):
+            run_linear(
+                plan,
+                weight.weight_format,
+                x.half[begin : begin + step],
+                weight.weight,
+                weight.scales,
+                weight.bias,
+                out[begin : begin + step],
+                has_gelu=has_gelu,
+                is_dependent=is_dependent,
+            )
+        return Activations(out)
+    dense = weight.weight
+    if weight.weight_format in ("INT4", "INT8"):
+        if weight.scales is None:
+            raise ValueError("integer weights have scales")
+        dense = torch.empty(out_features, in_features, dtype=torch.float16, device=x.half.device)
+        run_dequantize(weight.weight, weight.scales, 4 if weight.weight_format == "INT4" else 8, dense)
+    if weight.bias is not None:
+        torch.addmm(weight.bias, x.half, dense.T, out=out)
+    else:
+        torch.mm(x.half, dense.T, out=out)
+    if has_gelu:
+        run_rows(out, out=out, has_gelu=True)
+    return Activations(out)
+
+
+def _apply_e4m3(weight: LinearWeight, x: Activations, *, has_gelu: bool) -> Activations:
+    values, scales = x.as_e4m3()
+    if weight.scales is None:
+        raise ValueError("e4m3 weights have scales")
+    out = torch._scaled_mm(
+        values,
+        weight.weight.T,
+        scale_a=scales.unsqueeze(1),
+        scale_b=weight.scales.unsqueeze(0),
+        bias=weight.bias,
+        out_dtype=torch.float16,
+        use_fast_accum=True,
+    )
+    if not has_gelu:
+        return Activations(out)
+    e4m3, row_scales = empty_e4m3(out)
+    run_rows(out, out_e4m3=e4m3, out_scales=row_scales, has_gelu=True)
+    return Activations(out, e4m3, row_scales)

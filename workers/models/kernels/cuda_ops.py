@@ -15,7 +15,7 @@ import torch
 from workers.models.kernels import reference
 from workers.models.kernels.cuda_driver import Kernel
 
-MAX_HEAD_DIM: Final = 128
+HEAD_DIMS: Final = (16, 32, 64, 128)
 MAX_BLOCKS: Final = 1024
 """Blocks of the longest sequence that the decode kernel takes."""
 
@@ -38,7 +38,7 @@ def _norm_kernel(
         "BRANCH_BF16": int(is_bfloat),
         "E4M3": int(e4m3),
     }
-    return Kernel("norm.cu", "layer_norm", "ppppppppff", defines, _row_threads(size))
+    return Kernel("norm.cu", "layer_norm", "pppppppppff", defines, _row_threads(size))
 
 
 def run_layer_norm(
@@ -51,11 +51,13 @@ def run_layer_norm(
     normed: torch.Tensor | None = None,
     alpha: float = 1.0,
     token_ids: torch.Tensor | None = None,
+    token_rows: torch.Tensor | None = None,
     out_e4m3: torch.Tensor | None = None,
     out_scales: torch.Tensor | None = None,
     is_dependent: bool = False,
 ) -> None:
-    """out[T, H] = LayerNorm of x, of alpha * normed + x, or of the rows of x (an embedding [V, H]) at token_ids.
+    """out[T, H] = LayerNorm of x, of alpha * normed + x, or of the rows of x (an embedding [V, H]) at token_ids, or at
+    token_ids[token_rows].
 
     out_e4m3 [T, H] and out_scales [T] float32 receive the same as e4m3 * scale. x may be bfloat16.
     """
@@ -70,6 +72,7 @@ def run_layer_norm(
         x,
         normed,
         token_ids,
+        token_rows,
         weight,
         bias,
         out,
@@ -197,7 +200,7 @@ def run_rotate_and_store(
 
 
 def _has_kernel_for(head_dim: int) -> bool:
-    return head_dim in (16, 32, 64, 128)
+    return head_dim in HEAD_DIMS
 
 
 def rotate_and_store(
@@ -354,9 +357,10 @@ def run_attend_decode(
 
 
 @functools.cache
-def _shared_workspace(
+def shared_workspace(
     plan: DecodePlan, batch_size: int, num_heads: int, head_dim: int, device: torch.device
 ) -> DecodeWorkspace:
+    """The one of this size. Runs that share it must follow each other in one stream."""
     return DecodeWorkspace.create(plan, batch_size, num_heads, head_dim, device)
 
 
@@ -378,7 +382,7 @@ def attend_decode(
     ):
         return reference.attend_decode(q, layer_keys, layer_values, block_tables, kv_lens, max_kv_len, scale)
     plan = decode_plan(batch_size, num_heads, False)
-    workspace = _shared_workspace(plan, batch_size, num_heads, head_dim, q.device)
+    workspace = shared_workspace(plan, batch_size, num_heads, head_dim, q.device)
     out = torch.empty(batch_size, num_heads * head_dim, dtype=q.dtype, device=q.device)
     cache = LayerCache(layer_keys, layer_values)
     run_attend_decode(plan, workspace, q.contiguous(), cache, block_tables.contiguous(), kv_lens, scale, out)
@@ -404,3 +408,70 @@ def run_dequantize(packed: torch.Tensor, scales: torch.Tensor, bits: int, out: t
     out_features, in_features = out.shape
     kernel = _dequantize_kernel(bits, out_features, in_features, out.dtype == torch.float8_e4m3fn)
     kernel.launch((-(-out_features // 16 * (in_features // 64) // 8),), packed, scales, out)
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+MAX_TOP_K: Final = 256
+
+
+@functools.cache
+def _sample_kernel(vocab_size: int, first_id: int, end_id: int, eos_id: int, invalid_token: int) -> Kernel:
+    defines: dict[str, int | str] = {
+        "VOCABULARY": vocab_size,
+        "FIRST_ID": first_id,
+        "END_ID": end_id,
+        "EOS_ID": eos_id,
+        "INVALID_TOKEN": invalid_token,
+    }
+    return Kernel("sample.cu", "sample", "pppppppppp", defines, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingInputs:
+    """Parameters of B rows, on the GPU."""
+
+    temperatures: torch.Tensor
+    """float32; 0: the largest"""
+    top_ks: torch.Tensor
+    """int32, 1 to MAX_TOP_K"""
+    top_ps: torch.Tensor
+    """float64"""
+    seeds: torch.Tensor
+    """int64"""
+    token_indexes: torch.Tensor
+    """int64: answer tokens before this one"""
+    min_new_tokens: torch.Tensor
+    """int32"""
+    rows: torch.Tensor
+    """int32: where in `last_tokens` the row's token goes"""
+
+
+def run_sample(
+    logits: torch.Tensor,
+    inputs: SamplingInputs,
+    tokens: torch.Tensor,
+    last_tokens: torch.Tensor,
+    *,
+    first_id: int,
+    end_id: int,
+    eos_id: int,
+    invalid_token: int,
+    is_dependent: bool = False,
+) -> None:
+    """One token for each row of fp16 logits [B, vocab], into tokens [B] int64 and last_tokens[rows] int64."""
+    kernel = _sample_kernel(logits.shape[1], first_id, end_id, eos_id, invalid_token)
+    kernel.launch(
+        (logits.shape[0],),
+        logits,
+        inputs.temperatures,
+        inputs.top_ks,
+        inputs.top_ps,
+        inputs.seeds,
+        inputs.token_indexes,
+        inputs.min_new_tokens,
+        inputs.rows,
+        tokens,
+        last_tokens,
+        is_dependent=is_dependent,
+    )

@@ -23,9 +23,10 @@ DEVICE void widen(const uint4& in, float (&out)[8], bool is_bfloat = false) {
     }
 }
 
-// x: the row, the branch [T, SIZE] or the embedding [V, SIZE].
+// x: the row, the branch [T, SIZE] or the embedding [V, SIZE]; row t then looks up token_ids[t], or, with token_rows,
+// token_ids[token_rows[t]].
 extern "C" __global__ void __launch_bounds__(THREADS)
-layer_norm(const u16* x, const u16* normed, const i64* token_ids, const u16* __restrict__ weight,
+layer_norm(const u16* x, const u16* normed, const i64* token_ids, const int* token_rows, const u16* __restrict__ weight,
            const u16* __restrict__ bias, u16* out, u8* out_e4m3, float* out_scales, float alpha, float eps) {
     __shared__ float scratch[3][THREADS / WARP];
     const i64 row = blockIdx.x;
@@ -41,7 +42,8 @@ layer_norm(const u16* x, const u16* normed, const i64* token_ids, const u16* __r
     allow_next_kernel();
     wait_for_previous_kernel();
 
-    const i64 source = INPUT == EMBEDDING ? token_ids[row] : row;
+    i64 source = row;
+    if (INPUT == EMBEDDING) source = token_ids[token_rows ? token_rows[row] : row];
     float values[EACH][8] = {};
     float sum = 0.0f;
 #pragma unroll

@@ -1,0 +1,342 @@
+"""ChatGLM-6B's network on an NVIDIA GPU, made of the kernels in `kernels/cuda_*`: fp16, int8, int4 or e4m3 weights.
+
+Says what `chatglm.ChatGLM` says, up to rounding, and takes its parameters. Knows nothing about graphs, requests or
+sampling; launches only, so that a decode can be captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, cast
+
+import torch
+from torch import nn
+
+from workers.models.batch import Batch, KVCache
+from workers.models.chatglm import RESIDUAL_SCALE, ChatGLM, Layer
+from workers.models.config import ModelConfig
+from workers.models.kernels import cuda_linear, cuda_ops
+from workers.models.kernels.cuda_linear import Activations, Format, LinearWeight
+from workers.models.layers import LayerNorm, rotary_tables
+
+WeightSetting = Literal["fp16", "int8", "int4", "fp8"]
+
+FORMATS: Final[dict[WeightSetting, Format]] = {"fp16": "F16", "int8": "INT8", "int4": "INT4", "fp8": "E4M3"}
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    input_norm: Norm
+    query_key_value: LinearWeight
+    dense: LinearWeight
+    post_attention_norm: Norm
+    dense_h_to_4h: LinearWeight
+    dense_4h_to_h: LinearWeight
+
+    @property
+    def linears(self) -> tuple[LinearWeight, ...]:
+        return self.query_key_value, self.dense, self.dense_h_to_4h, self.dense_4h_to_h
+
+
+@dataclass(frozen=True, slots=True)
+class ChatGLMWeights:
+    """All parameters on one GPU. The head may be stored apart from the embedding, in another format."""
+
+    embedding: torch.Tensor
+    layers: tuple[LayerWeights, ...]
+    final_norm: Norm
+    head: LinearWeight
+
+    @classmethod
+    def from_model(
+        cls, model: ChatGLM, weights: WeightSetting = "fp16", head: WeightSetting = "fp16"
+    ) -> ChatGLMWeights:
+        """Takes the parameters of a half-precision model on a GPU, quantizing its linear layers one by one.
+
+        Each layer gives up its fp16 weights once it is quantized, so the peak is one layer above the model: the model
+        cannot be used afterwards, unless `weights` is fp16.
+        """
+        if model.dtype != torch.float16 or model.device.type != "cuda":
+            raise ValueError(f"the model is {model.dtype} on {model.device}: it must be float16 on a GPU")
+
+        def norm(module: LayerNorm) -> Norm:
+            return Norm(module.weight.data, module.bias.data)
+
+        def linear(module: nn.Module) -> LinearWeight:
+            plain = cast(nn.Linear, module)
+            taken = LinearWeight.from_dense(plain.weight.data, plain.bias.data, FORMATS[weights])
+            if weights != "fp16":
+                plain.weight.data = plain.weight.data.new_empty(0)
+            return taken
+
+        transformer = model.transformer
+        layers = tuple(
+            LayerWeights(
+                norm(layer.input_layernorm),
+                linear(layer.attention.query_key_value),
+                linear(layer.attention.dense),
+                norm(layer.post_attention_layernorm),
+                linear(layer.mlp.dense_h_to_4h),
+                linear(layer.mlp.dense_4h_to_h),
+            )
+            for layer in cast(Sequence[Layer], transformer.layers)
+        )
+        return cls(
+            transformer.word_embeddings.weight.data,
+            layers,
+            norm(transformer.final_layernorm),
+            LinearWeight.from_dense(model.lm_head.weight.data, None, FORMATS[head]),
+        )
+
+    @classmethod
+    def random(
+        cls,
+        config: ModelConfig,
+        weights: WeightSetting = "fp16",
+        head: WeightSetting = "fp16",
+        device: torch.device | str = "cuda",
+    ) -> ChatGLMWeights:
+        """Random weights of the size of a trained network's, made on the GPU: weights do not change the speed."""
+        hidden, inner = config.hidden_size, config.inner_hidden_size
+
+        def normal(*shape: int, std: float = 0.02, mean: float = 0.0) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float16, device=device).normal_(mean, std)
+
+        def norm() -> Norm:
+            return Norm(normal(hidden, mean=1.0), normal(hidden))
+
+        def linear(out_features: int, in_features: int) -> LinearWeight:
+            return LinearWeight.from_dense(
+                normal(out_features, in_features), normal(out_features), FORMATS[weights]
+            )
+
+        layers = tuple(
+            LayerWeights(
+                norm(),
+                linear(3 * hidden, hidden),
+                linear(hidden, hidden),
+                norm(),
+                linear(inner, hidden),
+                linear(hidden, inner),
+            )
+            for _ in range(config.num_layers)
+        )
+        embedding = normal(config.vocab_size, hidden)
+        return cls(embedding, layers, norm(), LinearWeight.from_dense(embedding, None, FORMATS[head]))
+
+    @property
+    def num_bytes(self) -> int:
+        """GPU memory of the weights; an fp16 head is the embedding."""
+        tensors = [self.embedding, self.final_norm.weight, self.final_norm.bias]
+        for layer in self.layers:
+            for one in (layer.input_norm, layer.post_attention_norm):
+                tensors += [one.weight, one.bias]
+        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        total += sum(linear.num_bytes for layer in self.layers for linear in layer.linears)
+        if self.head.weight.data_ptr() != self.embedding.data_ptr():
+            total += self.head.num_bytes
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """What a decode reads, at fixed addresses when it is captured. B sequences."""
+
+    token_ids: torch.Tensor
+    """int64; the token of row b is token_ids[token_rows[b]]"""
+    token_rows: torch.Tensor | None
+    """[B] int32; None: row b's is token_ids[b]"""
+    positions: torch.Tensor
+    """[2, B] int64"""
+    slots: torch.Tensor
+    """[B] int64"""
+    kv_lens: torch.Tensor
+    """[B] int32, at least 1"""
+    block_tables: torch.Tensor
+    """[B, max_blocks] int32"""
+
+
+Attend = Callable[[int, torch.Tensor], torch.Tensor]
+"""(layer, fused projection [T, 3H]) -> [T, H]"""
+
+
+class CudaChatGLM:
+    """The network over one set of weights. Shapes: see `Batch`."""
+
+    def __init__(
+        self, config: ModelConfig, weights: ChatGLMWeights, max_positions: int | None = None
+    ) -> None:
+        if config.head_dim not in cuda_ops.HEAD_DIMS or config.hidden_size % 64:
+            raise ValueError(
+                f"the CUDA kernels have no heads of {config.head_dim} or width {config.hidden_size}"
+            )
+        self.config = config
+        self.weights = weights
+        self.device = weights.embedding.device
+        self.scale = config.head_dim**-0.5
+        self._card = cuda_linear.Card.of(self.device)
+        self.set_max_positions(max_positions or config.max_sequence_length)
+
+    def set_max_positions(self, max_positions: int) -> None:
+        """Sequences of up to so many tokens can be run."""
+        self.rotary = rotary_tables(max_positions + 1, self.config.head_dim, torch.float16, self.device)
+
+    def __call__(
+        self, batch: Batch, cache: KVCache | None = None, *, all_positions: bool = False
+    ) -> torch.Tensor:
+        """Logits in fp16 as `ChatGLM.forward` gives them."""
+        if batch.is_prefill:
+            return self.prefill(batch, cache, all_positions=all_positions)
+        if cache is None:
+            raise ValueError("a decode needs a cache")
+        inputs = DecodeInputs(
+            batch.token_ids,
+            None,
+            batch.positions.contiguous(),
+            batch.slots,
+            batch.kv_lens,
+            batch.block_tables.contiguous(),
+        )
+        return self.decode(inputs, cache)
+
+    def prefill(self, batch: Batch, cache: KVCache | None, *, all_positions: bool = False) -> torch.Tensor:
+        """[B, vocab] for the last token of each packed sequence, or [T, vocab]."""
+        layer_caches = list(_layer_caches(cache)) if cache is not None else None
+        positions = batch.positions.contiguous()
+        num_tokens, heads = len(batch.token_ids), self.config.num_heads
+
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+            layer_cache = layer_caches[layer] if layer_caches is not None else None
+            cuda_ops.run_rotate_and_store(qkv, *self.rotary, positions, layer_cache, batch.slots)
+            q, k, v = qkv.view(num_tokens, heads, 3, self.config.head_dim).unbind(2)
+            attended = cuda_ops.attend_prefill(
+                q, k, v, batch.query_starts, batch.prefix_lens, batch.max_query_len, self.scale
+            )
+            return attended.view(num_tokens, -1)
+
+        normed = self._layers(batch.token_ids, None, num_tokens, attend, is_dependent=False)
+        if not all_positions:
+            normed = normed[batch.query_starts[1:].long() - 1]
+        return cuda_linear.apply(self.weights.head, Activations(normed)).half
+
+    def decode(self, inputs: DecodeInputs, cache: KVCache) -> torch.Tensor:
+        """[B, vocab]. Reads nothing on the host."""
+        layer_caches = list(_layer_caches(cache))
+        batch_size, heads, head_dim = len(inputs.kv_lens), self.config.num_heads, self.config.head_dim
+        plan = cuda_ops.decode_plan(batch_size, heads, layer_caches[0].is_int8)
+        workspace = cuda_ops.shared_workspace(plan, batch_size, heads, head_dim, self.device)
+
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+            out = torch.empty(batch_size, self.config.hidden_size, dtype=qkv.dtype, device=qkv.device)
+            cuda_ops.run_attend_decode(
+                plan,
+                workspace,
+                qkv,
+                layer_caches[layer],
+                inputs.block_tables,
+                inputs.kv_lens,
+                self.scale,
+                out,
+                rotary=self.rotary,
+                positions=inputs.positions,
+                slots=inputs.slots,
+                is_dependent=True,
+            )
+            return out
+
+        normed = self._layers(inputs.token_ids, inputs.token_rows, batch_size, attend, is_dependent=True)
+        return cuda_linear.apply(self.weights.head, Activations(normed), is_dependent=True).half
+
+    def _layers(
+        self,
+        token_ids: torch.Tensor,
+        token_rows: torch.Tensor | None,
+        num_rows: int,
+        attend: Attend,
+        *,
+        is_dependent: bool,
+    ) -> torch.Tensor:
+        """[T, H], the final norm's output."""
+        layers = self.weights.layers
+        x = self._norm(
+            self.weights.embedding,
+            layers[0].input_norm,
+            layers[0].query_key_value,
+            num_rows,
+            token_ids=token_ids,
+            token_rows=token_rows,
+        )
+        for index, layer in enumerate(layers):
+            qkv = cuda_linear.apply(layer.query_key_value, x, is_dependent=is_dependent).half
+            attended = Activations(attend(index, qkv))
+            branch = cuda_linear.apply(layer.dense, attended, is_dependent=is_dependent).half
+            x = self._norm(
+                branch,
+                layer.post_attention_norm,
+                layer.dense_h_to_4h,
+                num_rows,
+                normed=x.half,
+                is_dependent=is_dependent,
+            )
+            inner = cuda_linear.apply(layer.dense_h_to_4h, x, has_gelu=True, is_dependent=is_dependent)
+            branch = cuda_linear.apply(layer.dense_4h_to_h, inner, is_dependent=is_dependent).half
+            is_last = index + 1 == len(layers)
+            x = self._norm(
+                branch,
+                self.weights.final_norm if is_last else layers[index + 1].input_norm,
+                self.weights.head if is_last else layers[index + 1].query_key_value,
+                num_rows,
+                normed=x.half,
+                is_dependent=is_dependent,
+            )
+        return x.half
+
+    def _norm(
+        self,
+        x: torch.Tensor,
+        norm: Norm,
+        reader: LinearWeight,
+        num_rows: int,
+        *,
+        normed: torch.Tensor | None = None,
+        token_ids: torch.Tensor | None = None,
+        token_rows: torch.Tensor | None = None,
+        is_dependent: bool = False,
+    ) -> Activations:
+        """The norm of x, of the scaled residual, or of embedding rows; in e4m3 too when `reader` takes it so."""
+        out = torch.empty(num_rows, self.config.hidden_size, dtype=torch.float16, device=self.device)
+        e4m3, scales = None, None
+        if cuda_linear.takes_e4m3(reader, num_rows, self._card):
+            e4m3, scales = cuda_linear.empty_e4m3(out)
+        cuda_ops.run_layer_norm(
+            x,
+            norm.weight,
+            norm.bias,
+            self.config.layernorm_eps,
+            out,
+            normed=normed,
+            alpha=RESIDUAL_SCALE,
+            token_ids=token_ids,
+            token_rows=token_rows,
+            out_e4m3=e4m3,
+            out_scales=scales,
+            is_dependent=is_dependent,
+        )
+        return Activations(out, e4m3, scales)
+
+
+def _layer_caches(cache: KVCache) -> Iterator[cuda_ops.LayerCache]:
+    for layer in range(cache.keys.shape[0]):
+        scales = (
+            (cache.key_scales[layer], cache.value_scales[layer])
+            if cache.key_scales is not None and cache.value_scales is not None
+            else (None, None)
+        )
+        yield cuda_ops.LayerCache(cache.keys[layer], cache.values[layer], *scales)
