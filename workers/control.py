@@ -1,6 +1,7 @@
-"""Hears what others tell this worker over Redis: cancellations.
+"""Hears what others tell this worker over Redis: cancellations, and commands about adapters.
 
 A lost message costs a moment, not the cancellation: it is also in the ledger, which answers with it at the next flush or renewal.
+Whoever gives a command about adapters waits for a reply, and sees that there is none.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import redis
 from redis.exceptions import RedisError
 
+from producer.contract.control import AdapterCommand, CancelCommand, decode_command
+
 logger = logging.getLogger(__name__)
 
 _LISTEN_SECONDS = 0.5
@@ -22,10 +25,17 @@ _LISTEN_SECONDS = 0.5
 class Control:
     """Listens on one channel, on a connection of its own, and comes back after a loss of it."""
 
-    def __init__(self, connection: redis.Redis, channel: str, on_cancel: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        connection: redis.Redis,
+        channel: str,
+        on_cancel: Callable[[str], None],
+        on_adapter: Callable[[AdapterCommand], None] | None = None,
+    ) -> None:
         self._connection = connection
         self._channel = channel
         self._on_cancel = on_cancel
+        self._on_adapter = on_adapter
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
 
@@ -58,8 +68,12 @@ class Control:
                     self._on_message(str(message["data"]))
 
     def _on_message(self, data: str) -> None:
-        verb, _, argument = data.partition(" ")
-        if verb == "cancel" and argument:
-            self._on_cancel(argument)
-        else:
-            logger.warning("control channel: %r is not understood", verb)
+        try:
+            command = decode_command(data)
+        except ValueError as error:
+            logger.warning("control channel: not understood: %s", str(error).partition("\n")[0])
+            return
+        if isinstance(command, CancelCommand):
+            self._on_cancel(command.request_id)
+        elif self._on_adapter is not None:
+            self._on_adapter(command)

@@ -6,7 +6,7 @@ It counts in tokens and knows the context's size; it knows nothing about queues 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -61,7 +61,8 @@ class Prompts:
     tokenizer: PromptTokenizer
     context_len: int
     """Tokens of prompt and answer together, at most."""
-    adapters: frozenset[str] = frozenset()
+    adapters: Collection[str] = frozenset()
+    """Names that a request can ask for; what is in it may change."""
 
     def build(self, request: Request) -> Prompt:
         """The prompt of this request, with `max_new_tokens` clamped to what the context leaves.

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from producer.contract import InvalidSetting
+from producer.contract import InvalidRequest, InvalidSetting
+from producer.contract.control import check_adapter_name
 from producer.settings import Settings
 from workers.engine.config import DtypeSetting
 
@@ -52,6 +53,15 @@ class WorkerSettings:
     """Memory for the KV cache; None: the engine decides."""
     num_threads: int | None = None
     """CPU threads of the engine; None: torch decides."""
+    adapters: tuple[tuple[str, Path], ...] = ()
+    """(name, folder) of LoRA adapters that are loaded at the start."""
+    adapters_dir: Path | None = None
+    """Each folder in it is an adapter of that name, loaded when a request first asks for it."""
+    merge_adapter: bool = False
+    """Add the one adapter to the weights instead of running it beside them."""
+    max_adapters: int = 8
+    """In memory at the same time."""
+    max_adapter_rank: int = 64
     worker_id: str = field(default_factory=new_worker_id)
     lease_seconds: float = 2.0
     """A worker that is silent for so long has lost its requests. Renewed four times in it."""
@@ -84,6 +94,7 @@ class WorkerSettings:
         if self.backend == "reference":
             self._check_trust()
             object.__setattr__(self, "slots", 1)
+        self._check_adapters()
         if not 1 <= self.slots <= 4096:
             raise InvalidSetting("GLMQ_SLOTS", f"{self.slots} is out of range", "Use 1 to 4096.")
         if self.num_threads is not None and self.num_threads < 1:
@@ -117,6 +128,44 @@ class WorkerSettings:
                 "Read them, then say --trust-remote-code; or use the native backend, which runs nothing from a checkpoint.",
             )
 
+    def _check_adapters(self) -> None:
+        names = [name for name, _ in self.adapters]
+        for name, folder in self.adapters:
+            try:
+                check_adapter_name(name)
+            except InvalidRequest as error:
+                raise InvalidSetting("GLMQ_ADAPTERS", error.problem, error.remedy) from error
+            if names.count(name) > 1:
+                raise InvalidSetting(
+                    "GLMQ_ADAPTERS", f"{name} comes twice", "Give each adapter its own name."
+                )
+            if not folder.is_dir():
+                raise InvalidSetting(
+                    "GLMQ_ADAPTERS", f"{folder} is no folder", "Give NAME=PATH, PATH being PEFT's folder."
+                )
+        if self.adapters_dir is not None and not self.adapters_dir.is_dir():
+            raise InvalidSetting(
+                "GLMQ_ADAPTERS_DIR", f"{self.adapters_dir} is no folder", "Create it, or unset it."
+            )
+        if not 0 <= self.max_adapters <= 256:
+            raise InvalidSetting("GLMQ_MAX_ADAPTERS", f"{self.max_adapters} is out of range", "Use 0 to 256.")
+        if not 1 <= self.max_adapter_rank <= 1024:
+            raise InvalidSetting(
+                "GLMQ_MAX_ADAPTER_RANK", f"{self.max_adapter_rank} is out of range", "Use 1 to 1024."
+            )
+        if self.merge_adapter and (len(self.adapters) != 1 or self.adapters_dir is not None):
+            raise InvalidSetting(
+                "GLMQ_MERGE_ADAPTER",
+                "merging takes one adapter, which is in every answer then",
+                "Give exactly one --adapter, and no --adapters-dir.",
+            )
+        if not self.merge_adapter and len(self.adapters) > self.max_adapters:
+            raise InvalidSetting(
+                "GLMQ_MAX_ADAPTERS",
+                f"{self.max_adapters} are fewer than the {len(self.adapters)} given",
+                "Raise it, or put adapters into a folder for --adapters-dir.",
+            )
+
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
         """Read GLMQ_* (and what `Settings` reads); `overrides` that are not None win."""
@@ -130,7 +179,32 @@ class WorkerSettings:
         return cls(**fields)
 
 
-_VARIABLES: dict[str, tuple[str, type]] = {
+def named_folders(texts: Iterable[str]) -> tuple[tuple[str, Path], ...]:
+    """(name, folder) from each NAME=PATH. Raises InvalidSetting."""
+    named = []
+    for text in texts:
+        name, is_given, folder = text.partition("=")
+        if not is_given or not folder:
+            raise InvalidSetting(
+                "GLMQ_ADAPTERS", f"{text!r} is not NAME=PATH", "Write it as fitness=/adapters/fitness."
+            )
+        named.append((name.strip(), Path(folder.strip())))
+    return tuple(named)
+
+
+def _listed_folders(text: str) -> tuple[tuple[str, Path], ...]:
+    return named_folders(part for part in text.split(",") if part.strip())
+
+
+def _switch(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(text)
+
+
+_VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "checkpoint": ("GLMQ_CHECKPOINT", Path),
     "device": ("GLMQ_DEVICE", str),
     "dtype": ("GLMQ_DTYPE", str),
@@ -139,6 +213,11 @@ _VARIABLES: dict[str, tuple[str, type]] = {
     "context_len": ("GLMQ_CONTEXT", int),
     "cache_gib": ("GLMQ_CACHE_GIB", float),
     "num_threads": ("GLMQ_THREADS", int),
+    "adapters": ("GLMQ_ADAPTERS", _listed_folders),
+    "adapters_dir": ("GLMQ_ADAPTERS_DIR", Path),
+    "merge_adapter": ("GLMQ_MERGE_ADAPTER", _switch),
+    "max_adapters": ("GLMQ_MAX_ADAPTERS", int),
+    "max_adapter_rank": ("GLMQ_MAX_ADAPTER_RANK", int),
     "worker_id": ("GLMQ_WORKER_ID", str),
     "lease_seconds": ("GLMQ_LEASE_SECONDS", float),
     "stall_seconds": ("GLMQ_STALL_SECONDS", float),
@@ -148,11 +227,16 @@ _VARIABLES: dict[str, tuple[str, type]] = {
 }
 
 
-def _converted(variable: str, text: str, convert: type) -> Any:
+_KINDS: dict[Callable[[str], Any], str] = {int: "a whole number", float: "a number", _switch: "1 or 0"}
+
+
+def _converted(variable: str, text: str, convert: Callable[[str], Any]) -> Any:
     try:
         return convert(text)
+    except InvalidSetting:
+        raise
     except ValueError as error:
-        kind = {"int": "a whole number", "float": "a number"}.get(convert.__name__, convert.__name__)
+        kind = _KINDS.get(convert, "such a value")
         raise InvalidSetting(
             variable, f"{text!r} is not {kind}", f"Set it to {kind}, or unset it."
         ) from error

@@ -18,17 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery
+from redis.exceptions import RedisError
 
 from producer.contract import Failed, GlmqError
+from producer.contract.control import AdapterCommand, Reply
+from producer.contract.keys import REPLY_SECONDS
 from producer.embedded import find_server
 from producer.ledger import Ledger, calls, connect
+from workers.adapters import ServedAdapters
 from workers.app import create_app
 from workers.claims import Claims
 from workers.control import Control
 from workers.engine.client import ENGINE_MODULE, EngineClient, EngineDied
 from workers.engine.config import EngineConfig
 from workers.engine.detokenizer import StreamDetokenizer
-from workers.engine.messages import Abort, Generate, Ready, Refused, Step
+from workers.engine.messages import Abort, AdaptersChanged, Generate, Ready, Refused, Step
 from workers.foreground import run_celery, set_up_log
 from workers.leases import Leases
 from workers.models.config import CheckpointError
@@ -37,7 +41,7 @@ from workers.pool import StartFailed, Ticket
 from workers.prompts import Prompts
 from workers.publisher import Publisher
 from workers.running import RELEASED, RunningRequest, RunningRequests
-from workers.settings import BACKENDS, DTYPES, Backend, WorkerSettings
+from workers.settings import BACKENDS, DTYPES, Backend, WorkerSettings, named_folders
 from workers.tasks import carries_request
 
 logger = logging.getLogger(__name__)
@@ -91,8 +95,12 @@ class Worker:
             is_stuck=self._is_stuck,
         )
         self._control = Control(
-            connect(self.redis_url, timeout_seconds=2.0, retries=0), keys.control(self.name), self._on_cancel
+            connect(self.redis_url, timeout_seconds=2.0, retries=0),
+            keys.control(self.name),
+            self._on_cancel,
+            self._on_adapter_command,
         )
+        self._adapters = ServedAdapters(self.name, dict(settings.adapters), settings.adapters_dir)
         self._engine: EngineClient | None = None
         self._ready: Ready | None = None
         self._failure: str | None = None
@@ -180,11 +188,13 @@ class Worker:
     def _supervise(self) -> None:
         """Run the engine; when it dies, give its requests back and start it again."""
         for attempt in range(sys.maxsize):
-            self._run_engine()
+            self._run_engine(is_first=attempt == 0)
             if self._is_stopping.is_set():
                 return
             was_ready, self._ready = self._ready is not None, None
             self._claims.close()
+            for command_id, reply in self._adapters.give_up():
+                self._reply(command_id, reply)
             if not was_ready and attempt == 0:
                 # The operator's mistake rather than bad luck: a restart would not help.
                 self._state_changed.set()
@@ -204,11 +214,12 @@ class Worker:
             if self._is_stopping.wait(pause):
                 return
 
-    def _run_engine(self) -> None:
+    def _run_engine(self, *, is_first: bool) -> None:
         """One life of the engine process."""
         self._failure = None
         try:
-            self._engine = EngineClient(engine_config(self.settings), module=ENGINES[self.settings.backend])
+            config = engine_config(self.settings, self._adapters, is_first=is_first)
+            self._engine = EngineClient(config, module=ENGINES[self.settings.backend])
         except ValueError as error:
             # A setting that only the engine can judge.
             self._failure = str(error)
@@ -223,6 +234,8 @@ class Worker:
                         self._on_ready(message)
                     case Refused():
                         self._publisher.on_refused(message)
+                    case AdaptersChanged():
+                        self._on_adapters_changed(message)
         except EngineDied as error:
             self._failure = error.reason or str(error)
         except Exception as error:  # the engine's output is a boundary: a new engine may do better
@@ -234,7 +247,8 @@ class Worker:
     def _on_ready(self, ready: Ready) -> None:
         settings = self.settings
         self._ready = ready
-        self._claims.open(Prompts(self._tokenizer, ready.context_len, frozenset(ready.adapters)))
+        self._adapters.on_ready(ready)
+        self._claims.open(Prompts(self._tokenizer, ready.context_len, self._adapters))
         self._state_changed.set()
         logger.info(
             "ready: model %s from %s, context %d tokens, %d slots, %s %s, KV cache %d tokens, loaded in %.1f s, queue %s, worker %s",
@@ -256,6 +270,8 @@ class Worker:
             # It was idle: its silence until now was no lack of progress.
             self._last_progress = time.monotonic()
         if self._engine is not None:
+            if (introduction := self._adapters.introduce(generate.adapter)) is not None:
+                self._engine.send(introduction)
             self._engine.send(generate)
 
     def _abort(self, sequence_id: int) -> None:
@@ -269,6 +285,42 @@ class Worker:
             self._running.num_generating > 0
             and time.monotonic() - self._last_progress > self.settings.stall_seconds
         )
+
+    # --- adapters -----------------------------------------------------------------------------------------------------
+
+    def _on_adapter_command(self, command: AdapterCommand) -> None:
+        message = self._adapters.obey(command)
+        try:
+            if self._ready is None or self._engine is None:
+                raise EngineDied(None, "it is not ready")
+            self._engine.send(message)
+        except EngineDied:
+            for command_id, reply in self._adapters.give_up(command.command_id):
+                self._reply(command_id, reply)
+
+    def _on_adapters_changed(self, changed: AdaptersChanged) -> None:
+        reply = self._adapters.on_changed(changed)
+        if reply is not None:
+            self._reply(changed.command_id, reply)
+
+    def _reply(self, command_id: str, reply: Reply) -> None:
+        """Tell whoever gave the command, from a thread of its own: the engine's tokens do not wait for Redis."""
+        logger.info("adapters: command %s: %s", command_id, reply.problem or reply.note or "done")
+        threading.Thread(target=self._send_reply, args=(command_id, reply), name="reply", daemon=True).start()
+
+    def _send_reply(self, command_id: str, reply: Reply) -> None:
+        keys = self.settings.queue.keys
+        if not self._is_stopping.is_set():
+            # Whoever gave the command may look at what this worker says of itself next.
+            self._leases.renew()
+        with connect(self.redis_url, timeout_seconds=5.0) as connection:
+            try:
+                with connection.pipeline() as pipeline:
+                    pipeline.rpush(keys.replies(command_id), reply.model_dump_json())
+                    pipeline.expire(keys.replies(command_id), REPLY_SECONDS)
+                    pipeline.execute()
+            except RedisError as error:
+                logger.warning("adapters: command %s: the reply was lost: %s", command_id, error)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -319,14 +371,16 @@ class Worker:
             "tokens_per_second": round(self._publisher.speed.tokens_per_second, 1),
             "state": "draining" if self._claims.is_draining else "ready" if ready else "loading",
             "restarts": self._num_restarts,
+            **self._adapters.about(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": round(self._started_at),
         }
 
 
-def engine_config(settings: WorkerSettings) -> EngineConfig:
-    """What the engine needs of a worker's settings."""
+def engine_config(settings: WorkerSettings, adapters: ServedAdapters, *, is_first: bool) -> EngineConfig:
+    """What an engine needs of a worker's settings; `is_first`: of the worker's life. Raises ValueError."""
+    loaded, known = adapters.at_start(is_first=is_first or settings.merge_adapter)
     return EngineConfig(
         checkpoint=str(settings.checkpoint),
         device=settings.device,
@@ -335,6 +389,11 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         cache_gib=settings.cache_gib,
         context_len=settings.context_len,
         num_threads=settings.num_threads,
+        adapters=loaded,
+        known_adapters={} if settings.merge_adapter else known,
+        merge_adapter=settings.merge_adapter,
+        max_adapters=settings.max_adapters,
+        max_adapter_rank=settings.max_adapter_rank,
         trust_remote_code=settings.trust_remote_code,
     )
 
@@ -353,6 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(argv))
     set_up_log(options.pop("log_level"))
     try:
+        options["adapters"] = named_folders(options["adapters"] or ()) or None
         app = compose(WorkerSettings.from_environ(**options))
     except (GlmqError, CheckpointError) as error:
         logger.critical("cannot start: %s", error)
@@ -391,6 +451,35 @@ def _parser() -> argparse.ArgumentParser:
         "--context", type=int, dest="context_len", metavar="TOKENS", help="prompt and answer together"
     )
     parser.add_argument("--cache-gib", type=float, metavar="GIB", help="memory for the KV cache")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        dest="adapters",
+        metavar="NAME=PATH",
+        help="a LoRA adapter (PEFT's folder), loaded at the start, for requests that name it; may be repeated",
+    )
+    parser.add_argument(
+        "--adapters-dir",
+        type=Path,
+        metavar="PATH",
+        help="each folder in it is an adapter of that name, loaded when a request first names it",
+    )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        default=None,
+        dest="merge_adapter",
+        help="add the one --adapter to the weights: every request is answered with it",
+    )
+    parser.add_argument(
+        "--max-adapters",
+        type=int,
+        metavar="N",
+        help="adapters in memory at the same time; the least recently used one makes room (default: 8)",
+    )
+    parser.add_argument(
+        "--max-adapter-rank", type=int, metavar="R", help="refuse adapters of a larger rank (default: 64)"
+    )
     parser.add_argument(
         "--threads", type=int, dest="num_threads", metavar="N", help="CPU threads of the engine"
     )

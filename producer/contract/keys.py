@@ -16,12 +16,14 @@ key                                     type       content and lifetime
 {ns}:running:<worker>                   set        request ids that this worker has claimed; no expiry, empty when idle
 {ns}:idempotency:<tenant>:<key>         string     `R <digest of the body>`, the key percent-encoded;
                                                    `idempotency_seconds`
-{ns}:worker:<worker>                    hash       what a worker says of itself (model, slots, speed);
-                                                   `worker_seconds`, renewed with the leases
+{ns}:worker:<worker>                    hash       what a worker says of itself (model, slots, speed,
+                                                   adapters); `worker_seconds`, renewed with the leases
 {ns}:workers                            zset       worker ids by last sign of life (ms); pruned when read
 {ns}:push:<reader>                      channel    events of all requests that this reader process follows: lines of
                                                    R, id of the entry before, id of the entry, event; tabs between
-{ns}:control:<worker>                   channel    `cancel R`
+{ns}:control:<worker>                   channel    commands (`contract.control`): `cancel R`, or a verb and JSON
+{ns}:replies:<command>                  list       a `Reply` (JSON) of each worker that has got the command;
+                                                   `reply_seconds`
 ======================================  =========  ==============================================================
 
 Fields of a request: `request` (JSON), `digest` (of the body as it was submitted), `state` (queued, running, done, failed, cancelled,
@@ -40,6 +42,10 @@ RETENTION_SECONDS = 600
 IDEMPOTENCY_SECONDS = 86_400
 WORKER_SECONDS = 10
 """A worker that has not been heard of for so long is not shown any more."""
+
+
+REPLY_SECONDS = 120
+"""How long a reply waits for whoever gave the command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,9 @@ class Keys:
 
     def control(self, worker: str) -> str:
         return f"{self.prefix}control:{worker}"
+
+    def replies(self, command_id: str) -> str:
+        return f"{self.prefix}replies:{command_id}"
 
     def celery_queue(self, model: str) -> str:
         """The Celery queue on which tickets for this model travel."""
