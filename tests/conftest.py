@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,29 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-checkpoint")
     write_random_checkpoint(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint_with_code(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small random checkpoint with Python files in its folder, for the reference backend."""
+    from tests.checkpoint_code import add_code
+
+    folder = tmp_path_factory.mktemp("with-code") / "tiny"
+    shutil.copytree(tiny_checkpoint, folder)
+    add_code(folder)
+    return folder
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies of a checkpoint that the test may spoil, each in a folder of a name of its own."""
+
+    def copy(checkpoint: Path) -> Path:
+        folder = tmp_path / f"copy{uuid.uuid4().hex[:8]}"
+        shutil.copytree(checkpoint, folder, copy_function=shutil.copyfile)
+        return folder
+
+    return copy
 
 
 @pytest.fixture(scope="session")

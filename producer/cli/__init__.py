@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from producer.cli import cancel, chat, doctor, status, summarize, up, worker
+from producer.cli import adapters, cancel, chat, doctor, status, summarize, up, verify, worker
 from producer.contract import GlmqError
 
 app = typer.Typer(
@@ -19,15 +19,16 @@ app = typer.Typer(
 )
 
 app.command("up", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(up.up)
-app.command(
-    "worker",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)(worker.worker)
+# Their options are those of programs in the workers package, which have a help of their own.
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+app.command("worker", context_settings=_PASSED_ON)(worker.worker)
+app.command("verify", context_settings=_PASSED_ON)(verify.verify)
 app.command("chat")(chat.chat)
 app.command("summarize")(summarize.summarize)
 app.command("status")(status.status)
 app.command("cancel")(cancel.cancel)
 app.command("doctor")(doctor.doctor)
+app.add_typer(adapters.app, name="adapters")
 
 
 def main() -> None:

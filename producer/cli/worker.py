@@ -11,14 +11,14 @@ import typer
 from producer.contract import InvalidSetting
 
 
-def worker_command(*arguments: str) -> list[str]:
-    """How to start a worker with this interpreter. The producer does not import it.
+def worker_command(*arguments: str, module: str = "workers") -> list[str]:
+    """How to start a worker, or another program of its package, with this interpreter. The producer does not import it.
 
     Raises InvalidSetting where the worker's packages are not installed.
     """
     if missing := missing_packages():
         raise InvalidSetting("glmq worker", f"{', '.join(missing)} not installed", "Install glmq[worker].")
-    return [sys.executable, "-m", "workers", *arguments]
+    return [sys.executable, "-m", module, *arguments]
 
 
 def missing_packages() -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.workers.reference.conftest import add_code
+from tests.checkpoint_code import add_code
 from workers.engine.client import ENGINE_MODULE, EngineClient, EngineDied
 from workers.engine.config import EngineConfig
 from workers.engine.messages import (
