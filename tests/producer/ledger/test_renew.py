@@ -35,7 +35,9 @@ def test_a_renewal_prolongs_the_leases_that_are_still_the_worker_s(
     assert ledger.connection.zscore(keys.leases, taken.request_id) == other_ends_before
 
 
-def test_a_released_request_goes_back_to_its_old_place(worker: HandWorker, ledger: Ledger) -> None:
+def test_a_released_request_goes_back_to_its_old_place(
+    worker: HandWorker, ledger: Ledger, keys: Keys
+) -> None:
     first, second = (worker.submit(ChatRequest(query="q")) for _ in range(2))
     claim = worker.claim()
     assert claim is not None
@@ -46,6 +48,8 @@ def test_a_released_request_goes_back_to_its_old_place(worker: HandWorker, ledge
     assert [ledger.run(calls.status(each)).place for each in (first, second)] == [0, 1]
     status = ledger.run(calls.status(first))
     assert (status.state, status.worker, status.attempt) == ("queued", None, 1)
+    assert ledger.connection.zscore(keys.leases, first) is None
+    assert ledger.connection.smembers(keys.running("worker-1")) == set()
     assert ledger.run(calls.release(first, 1)) is False
 
 
