@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.journey, pytest.mark.timeout(180)]
 
 Check = Callable[[list[Event]], Finished]
 
-ENDLESS = SamplingParams(max_new_tokens=1900, min_new_tokens=1900, seed=1)
+ENDLESS = SamplingParams(min_new_tokens=4096, seed=1)
 """Keeps the engine busy until somebody cancels it."""
 
 
@@ -112,7 +112,7 @@ def test_a_running_request_that_is_cancelled_ends_with_its_text_so_far(client: C
             assert event.reason == "cancelled"
             assert event.text == "".join(texts)
 
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 3
     with pytest.raises(RequestCancelled):
         submission.result(5)
 
@@ -164,8 +164,8 @@ def test_a_ticket_that_comes_twice_changes_nothing(client: Client, check_stream:
     ("fields", "code", "text"),
     [
         ({"adapter": "poetry"}, "unknown_adapter", "'poetry' is not loaded"),
-        ({"query": "字" * 5000}, "context_exceeded", "the context of"),
-        ({"history": [("q" * 9000, "a")]}, "context_exceeded", "history: "),
+        ({"query": "字" * 20_000}, "context_exceeded", "the context of"),
+        ({"history": [("q" * 40_000, "a")]}, "context_exceeded", "history: "),
     ],
 )
 def test_a_request_that_cannot_be_answered_fails_with_what_to_do(
@@ -246,3 +246,14 @@ def test_one_event_loop_may_follow_more_requests_than_it_has_connections(
 
     for events in asyncio.run(ask_all()):
         check_stream(events)
+
+
+def test_the_log_has_ids_and_no_text_of_a_user(client: Client, road: Any) -> None:
+    submission = client.chat(
+        "my secret is Rumpelstilzchen", sampling=SamplingParams(max_new_tokens=4, seed=1)
+    )
+    finished = submission.result(30)
+
+    line = f"request {submission.request_id}: {finished.reason}, "
+    road.wait_for_log(line, 5)
+    assert "Rumpelstilzchen" not in road.log

@@ -118,8 +118,8 @@ def test_a_drain_finishes_what_runs_and_leaves_the_rest_to_others(
 def test_what_does_not_fit_the_grace_time_is_released_and_goes_on_elsewhere(
     new_worker: NewWorker, client: Client
 ) -> None:
-    worker = new_worker("--grace-seconds", "0.2")
-    sampling = SamplingParams(max_new_tokens=1500, min_new_tokens=1500, temperature=0.9, seed=7)
+    worker = new_worker("--grace-seconds", "0")
+    sampling = SamplingParams(max_new_tokens=500, min_new_tokens=500, temperature=0.9, seed=7)
     submission = client.chat("a long story", sampling=sampling)
     stream = submission.stream()
     events = [next(stream) for _ in range(4)]
@@ -140,7 +140,7 @@ def test_what_does_not_fit_the_grace_time_is_released_and_goes_on_elsewhere(
 
 def test_a_second_signal_does_not_wait_for_running_requests(new_worker: NewWorker, client: Client) -> None:
     worker = new_worker("--grace-seconds", "600")
-    submission = client.chat("x", sampling=SamplingParams(max_new_tokens=1900, min_new_tokens=1900, seed=1))
+    submission = client.chat("x", sampling=SamplingParams(min_new_tokens=4096, seed=1))
     next(event for event in submission.stream() if isinstance(event, Token))
 
     worker.process.send_signal(signal.SIGINT)
@@ -164,11 +164,11 @@ def test_a_signal_while_the_model_loads_ends_the_worker(new_worker: NewWorker, s
     assert "ready: " not in worker.log
 
 
-def test_an_engine_that_is_killed_is_started_again_and_its_requests_go_on(
+def test_a_killed_engine_is_started_again_and_a_killed_worker_takes_its_engine_along(
     new_worker: NewWorker, client: Client
 ) -> None:
     worker = new_worker()
-    sampling = SamplingParams(max_new_tokens=600, min_new_tokens=600, temperature=0.9, seed=7)
+    sampling = SamplingParams(max_new_tokens=400, min_new_tokens=400, temperature=0.9, seed=7)
     submission = client.chat("a long story", sampling=sampling)
     stream = submission.stream()
     events = [next(stream) for _ in range(4)]
@@ -182,11 +182,8 @@ def test_an_engine_that_is_killed_is_started_again_and_its_requests_go_on(
     assert finished.attempts == 2
     assert client.chat("a long story", sampling=sampling).result(60).text == finished.text
     assert "the engine died" in worker.log
-    assert worker.end() == 0
 
-
-def test_an_engine_dies_with_its_worker(new_worker: NewWorker) -> None:
-    worker = new_worker()
+    # The other way round: a worker that is killed takes its engine along.
     engine = worker.engine_pid()
 
     worker.process.kill()
@@ -205,8 +202,8 @@ def test_a_redis_that_dies_and_comes_back_costs_a_pause_and_no_token(
     server = EmbeddedServer.start(folder)
     worker = new_worker(REDIS_URL=server.url)
     with Client(replace(settings, redis_url=server.url)) as client:
-        sampling = SamplingParams(max_new_tokens=1200, min_new_tokens=1200, temperature=0.9, seed=7)
-        submissions = [client.chat(f"question {number}", sampling=sampling) for number in range(4)]
+        sampling = SamplingParams(max_new_tokens=500, min_new_tokens=500, temperature=0.9, seed=7)
+        submissions = [client.chat(f"question {number}", sampling=sampling) for number in range(3)]
         streams = [submission.stream() for submission in submissions]
         heads = [[next(stream) for _ in range(3)] for stream in streams]
 
@@ -222,7 +219,7 @@ def test_a_redis_that_dies_and_comes_back_costs_a_pause_and_no_token(
             tokens = [event for event in events if isinstance(event, Token)]
             assert [token.index - len(token.ids) for token in tokens] == [0, *(t.index for t in tokens[:-1])]
             assert "".join(token.text for token in tokens) == finished.text
-            assert finished.usage.completion_tokens == 1200
+            assert finished.usage.completion_tokens == 500
         # The broker's connection comes back by itself too.
         assert client.chat("and now?", sampling=SamplingParams(max_new_tokens=2, seed=1)).result(30)
         assert worker.end() == 0
@@ -233,7 +230,7 @@ def test_a_redis_that_dies_and_comes_back_costs_a_pause_and_no_token(
 def test_a_task_that_is_revoked_with_terminate_is_cancelled(road: Any) -> None:
     app = Celery("revoker", set_as_current=False)
     app.conf.update(celery_settings(road.settings.redis_url, road.settings.namespace))
-    sampling = {"max_new_tokens": 1900, "min_new_tokens": 1900}
+    sampling = {"min_new_tokens": 4096}
     queue = road.settings.keys.celery_queue(road.settings.model)
     with Client(road.settings) as client:
         task = app.send_task("glmq.chat", kwargs={"query": "x", "sampling": sampling}, queue=queue)

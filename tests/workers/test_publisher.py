@@ -48,15 +48,15 @@ def test_text_that_was_held_back_comes_with_the_last_token(bench: Any) -> None:
 
 
 def test_the_first_token_is_sent_at_once_and_the_next_ones_together(new_bench: NewBench) -> None:
-    bench = new_bench(flush_seconds=0.4)
+    bench = new_bench(flush_seconds=1.5)
     request_id = bench.submit()
     generation = bench.generation(request_id)
-    time.sleep(0.45)  # the flush of Started is over, and the next may come
+    time.sleep(1.6)  # the flush of Started is over, and the next may come
 
     begin = time.monotonic()
     bench.say(generation.sequence_id, "a")
     while "token" not in bench.types(request_id):
-        assert time.monotonic() - begin < 0.2
+        assert time.monotonic() - begin < 1
     bench.say(generation.sequence_id, "bcd")
     assert bench.types(request_id).count("token") == 1
     bench.say(generation.sequence_id, "e", "stop")
@@ -64,7 +64,7 @@ def test_the_first_token_is_sent_at_once_and_the_next_ones_together(new_bench: N
     _, first, second, _ = bench.ended(request_id)
     assert first.texts == ("a",)
     assert second.texts == ("b", "c", "d", "e")
-    assert 0.3 < time.monotonic() - begin < 1
+    assert time.monotonic() - begin > 1.4
 
 
 def test_one_flush_of_many_requests_is_one_call(new_bench: NewBench) -> None:
