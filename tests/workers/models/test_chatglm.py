@@ -102,7 +102,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_one_long_prefill(pack_prompts
     model = random_model(config)
     prompt, answer = [5, 6, 7, 50, 51], [9, 10, 11, 12, 13, 14]
     expected = model(pack_prompts([prompt + answer], config), all_positions=True)[len(prompt) - 1 :]
-    cache = KVCache(*(torch.full((2, 6, 2, 4, 16), torch.nan) for _ in range(2)))
+    cache = KVCache(*(torch.full((2, 6, 2, 4, 16), 1e30) for _ in range(2)))
     blocks = [4, 2, 5]
     slots = torch.tensor([blocks[i // 4] * 4 + i % 4 for i in range(len(prompt + answer))])
 

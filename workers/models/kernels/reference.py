@@ -53,29 +53,28 @@ def rotate_and_store(
     """
     num_tokens, width = qkv.shape
     head_dim = cos.shape[1] * 4
-    heads = qkv.view(num_tokens, width // (3 * head_dim), 3 * head_dim)
-    q, k, v = heads.split(head_dim, dim=-1)
-    # [T, 1, 2, D/4]: one angle for each pair of values of each half.
-    angle_cos = cos[positions].transpose(0, 1).unsqueeze(1)
-    angle_sin = sin[positions].transpose(0, 1).unsqueeze(1)
-    q = _rotate(q, angle_cos, angle_sin)
-    k = _rotate(k, angle_cos, angle_sin)
+    heads = qkv.view(num_tokens, width // (3 * head_dim), 3, head_dim)
+    # [T, 1, 1, 2, D/4]: one angle for each pair of values of each half.
+    angle_cos = cos[positions].transpose(0, 1)[:, None, None]
+    angle_sin = sin[positions].transpose(0, 1)[:, None, None]
+    q, k = _rotate(heads[:, :, :2], angle_cos, angle_sin).unbind(2)
+    v = heads[:, :, 2]
     if layer_keys is not None and layer_values is not None and slots is not None:
         block_size = layer_keys.shape[2]
         blocks = torch.div(slots, block_size, rounding_mode="floor")
         offsets = slots - blocks * block_size
-        layer_keys[blocks, :, offsets] = k
-        layer_values[blocks, :, offsets] = v
+        # A broken sequence must not leave NaN to the next owner of its blocks: no mask stops 0 * NaN.
+        layer_keys[blocks, :, offsets] = k.nan_to_num()
+        layer_values[blocks, :, offsets] = v.nan_to_num()
     return q, k, v
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Each half of a head rotated in NeoX's order: value j of a half goes with value j + D/4."""
-    num_tokens, num_heads, head_dim = x.shape
-    halves = x.reshape(num_tokens, num_heads, 2, 2, head_dim // 4).to(cos.dtype)
+    """Each half of the last dimension rotated in NeoX's order: value j of a half goes with value j + D/4."""
+    halves = x.unflatten(-1, (2, 2, -1)).to(cos.dtype)
     first, second = halves.unbind(-2)
     rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
-    return rotated.to(x.dtype).view(num_tokens, num_heads, head_dim)
+    return rotated.to(x.dtype).flatten(-3)
 
 
 def attend_prefill(
@@ -115,24 +114,22 @@ def attend_decode(
     max_kv_len: int,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of one new token of each sequence to its cache, which already holds that token.
+    """Attention of one new token of each sequence to its cache, which already holds that token and only finite values.
 
     q: [B, N, D]; layer_keys, layer_values: [num_blocks, N, block_size, D]; block_tables: [B, max_blocks]; kv_lens: [B].
     Returns [B, N, D].
     """
-    batch_size, num_heads, head_dim = q.shape
+    batch_size, num_heads, _ = q.shape
     block_size = layer_keys.shape[2]
     num_blocks = -(-max_kv_len // block_size)
-    tables = block_tables[:, :num_blocks].long()
-    # [B, blocks, N, block_size, D] -> [B, N, kv, D]
-    shape = (batch_size, num_heads, num_blocks * block_size, head_dim)
-    keys = layer_keys[tables].transpose(1, 2).reshape(shape)
-    values = layer_values[tables].transpose(1, 2).reshape(shape)
-    index = torch.arange(num_blocks * block_size, device=q.device)
-    visible = (index < kv_lens.unsqueeze(1))[:, None, None, :]
-    # What lies behind a sequence's end may be anything, NaN of a broken sequence included, which no mask stops.
-    is_hidden = ~visible.transpose(-1, -2)
-    keys.masked_fill_(is_hidden, 0)
-    values.masked_fill_(is_hidden, 0)
-    attended = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=visible, scale=scale)
-    return attended.squeeze(2)
+    tables = block_tables[:, :num_blocks].flatten()
+    shape = (batch_size, num_blocks, *layer_keys.shape[1:])
+    # The blocks stay as they are gathered, [B, blocks, N, block_size, D]: turning them around would copy them again.
+    keys = layer_keys.index_select(0, tables).view(shape)
+    values = layer_values.index_select(0, tables).view(shape)
+    scores = torch.matmul(keys, q[:, None, :, :, None]).squeeze(-1).float() * scale
+    is_hidden = torch.arange(num_blocks * block_size, device=q.device) >= kv_lens.unsqueeze(1)
+    scores = scores.masked_fill(is_hidden.view(batch_size, num_blocks, 1, block_size), -torch.inf)
+    weights = scores.transpose(1, 2).flatten(2).softmax(dim=-1).to(values.dtype)
+    weights = weights.view(batch_size, num_heads, num_blocks, block_size).transpose(1, 2)
+    return torch.matmul(weights.unsqueeze(-2), values).squeeze(-2).sum(dim=1)

@@ -48,6 +48,21 @@ def test_rotation_turns_each_half_by_its_own_position_and_stores_keys_and_values
     assert (keys[3:] == 0).all()
 
 
+def test_a_broken_sequence_leaves_only_finite_values_in_the_cache():
+    keys, values = torch.zeros(2, 1, 1, 2, 8)
+    qkv = torch.full((1, 24), torch.nan)
+    qkv[:, 16:] = torch.inf
+    tables = torch.ones(1, 2)
+    q, k, v = reference.rotate_and_store(
+        qkv, tables, tables, torch.zeros(2, 1, dtype=torch.int64), keys, values, torch.tensor([1])
+    )
+    assert q.isnan().all()
+    assert k.isnan().all()
+    assert v.isinf().all()
+    assert keys.isfinite().all()
+    assert values.isfinite().all()
+
+
 def plain_attention(q, k, v, visible, scale):
     scores = torch.einsum("snd,tnd->nst", q.double(), k.double()) * scale
     weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
@@ -71,7 +86,7 @@ def test_decode_sees_exactly_its_own_cache_whatever_lies_around_it():
     keys, values = torch.randn(2, 9, 2, 4, 8)
     lens = [1, 4, 5, 11]
     tables = torch.tensor([[3, 0, 0], [1, 0, 0], [2, 7, 0], [8, 4, 5]], dtype=torch.int32)
-    poisoned_keys, poisoned_values = torch.full((2, *keys.shape), torch.nan)
+    poisoned_keys, poisoned_values = torch.full((2, *keys.shape), 1e30)
     gathered = []
     for table, length in zip(tables.tolist(), lens, strict=True):
         slots = [(table[i // 4], i % 4) for i in range(length)]
