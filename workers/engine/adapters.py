@@ -60,7 +60,7 @@ class _Load:
 
     @property
     def is_wanted(self) -> bool:
-        return self.command_id is not None or (bool(self.adapter.waiting) and not self.adapter.slot)
+        return self.command_id is not None or bool(self.adapter.waiting)
 
 
 class Adapters:
@@ -216,6 +216,9 @@ class Adapters:
         """Does the next thing for this load. True: it is done with, one way or the other."""
         if not load.is_wanted:
             return True
+        if load.adapter.slot:
+            # It is to leave, and has new sequences waiting: either it stays after all, or it is loaded anew.
+            return False
         if load.reading is None:
             if self._reader is None:
                 self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
