@@ -179,17 +179,7 @@ class _Fields:
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The JSON object in this file. Raises CheckpointError, with this remedy when the file does not exist."""
-    try:
-        if not path.is_file() and path.exists():
-            raise CheckpointError(path, "it is not a regular file", "Replace it by the checkpoint's own file")
-        with path.open("rb") as file:
-            text = file.read(MAX_JSON_BYTES + 1)
-    except FileNotFoundError:
-        raise CheckpointError(path, "the file does not exist", f"{remedy}: check the folder") from None
-    except OSError as error:
-        raise CheckpointError(path, f"the file cannot be read ({error})", "Check its permissions") from error
-    if len(text) > MAX_JSON_BYTES:
-        raise CheckpointError(path, f"the file has more than {MAX_JSON_BYTES} bytes", "Download it again")
+    text = read_bytes(path, f"{remedy}: check the folder", MAX_JSON_BYTES)
     try:
         data = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
@@ -197,6 +187,25 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(path, "the file does not hold a JSON object", "Download it again")
     return data
+
+
+def read_bytes(path: Path, remedy: str, limit: int) -> bytes:
+    """The content of a small file. Raises CheckpointError, with this remedy when the file does not exist.
+
+    A pipe or a device, which would block or never end, is refused, and so is a file of more than `limit` bytes.
+    """
+    try:
+        if not path.is_file() and path.exists():
+            raise CheckpointError(path, "it is not a regular file", "Replace it by the checkpoint's own file")
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except FileNotFoundError:
+        raise CheckpointError(path, "the file does not exist", remedy) from None
+    except OSError as error:
+        raise CheckpointError(path, f"the file cannot be read ({error})", "Check its permissions") from error
+    if len(content) > limit:
+        raise CheckpointError(path, f"the file has more than {limit} bytes", "Download it again")
+    return content
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

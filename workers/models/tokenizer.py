@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from workers.models.config import CheckpointError, ModelConfig
+from workers.models.config import CheckpointError, ModelConfig, read_bytes
 from workers.models.pieces import PieceError, PieceModel, PieceType, white_space_of
 
 MODEL_FILE: Final = "ice_text.model"
+MAX_MODEL_BYTES: Final = 64 << 20
 
 UNKNOWN_TEXT: Final = " ⁇ "
 """What sentencepiece writes for its unknown piece."""
@@ -79,18 +80,8 @@ class Tokenizer:
         """
         config = config or ModelConfig.from_folder(folder)
         path = Path(folder) / MODEL_FILE
-        try:
-            model_proto = path.read_bytes()
-        except FileNotFoundError:
-            raise CheckpointError(
-                path,
-                "the file does not exist",
-                "It is the sentencepiece model that comes with the checkpoint: download it",
-            ) from None
-        except OSError as error:
-            raise CheckpointError(
-                path, f"the file cannot be read ({error})", "Check its permissions"
-            ) from error
+        remedy = "It is the sentencepiece model that comes with the checkpoint: download it"
+        model_proto = read_bytes(path, remedy, MAX_MODEL_BYTES)
         try:
             tokenizer = cls(PieceModel(model_proto), config.special_ids)
         except PieceError as error:
