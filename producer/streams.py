@@ -28,7 +28,7 @@ from producer.ledger import AsyncLedger, Followed, Ledger, calls, connect, conne
 from producer.ledger.calls import FINAL_STATES
 
 _SILENT_SECONDS: Final = 1.0
-"""After so long without a push the stream is read; doubled while it has nothing new either."""
+"""After so long without a push the stream is read; doubled each time, until something new comes."""
 _MAX_SILENT_SECONDS: Final = 8.0
 _MAX_WAITING: Final = 1024
 """Pushes that wait for a slow reader of one request; it finds the others in the stream."""
@@ -104,12 +104,18 @@ class StreamCursor:
                     f"Use at most {last[0]}.",
                 )
             raise StreamGone(self.request_id)
-        self.wait_seconds = _SILENT_SECONDS if events else min(self.wait_seconds * 2, _MAX_SILENT_SECONDS)
+        if events:
+            self.wait_seconds = _SILENT_SECONDS
         return events
 
     def interrupted(self) -> None:
-        """Pushes may have been lost, or none came for `wait_seconds`."""
+        """Pushes may have been lost."""
         self.wants_read = True
+
+    def silent(self) -> None:
+        """No push came for `wait_seconds`."""
+        self.wants_read = True
+        self.wait_seconds = min(self.wait_seconds * 2, _MAX_SILENT_SECONDS)
 
     def _advance(self, entry_id: str, data: str) -> Event:
         place, event = _place(entry_id), decode_event(data)
@@ -201,11 +207,11 @@ class _ThreadInbox:
         self._queue.put(push)
 
     def get(self, timeout: float) -> Push | None:
-        """The next push; None: some may be missing, or none came in time."""
+        """The next push; None: some may be missing. Raises TimeoutError if nothing came in time."""
         try:
             push = self._queue.get(timeout=timeout)
         except queue.Empty:
-            return None
+            raise TimeoutError from None
         if push is None:
             # Cleared before the stream is read: what is dropped until here is in it.
             self._is_full = False
@@ -248,7 +254,13 @@ class Pushes:
                         continue
                     outage.over()
                     yield from cursor.read(followed)
-                elif (push := inbox.get(left)) is None:
+                    continue
+                try:
+                    push = inbox.get(left)
+                except TimeoutError:
+                    cursor.silent()
+                    continue
+                if push is None:
                     cursor.interrupted()
                 else:
                     yield from cursor.push(push)
@@ -341,15 +353,12 @@ class _TaskInbox:
         self._queue.put_nowait(push)
 
     async def get(self, timeout: float) -> Push | None:
-        """The next push; None: some may be missing, or none came in time."""
+        """The next push; None: some may be missing. Raises TimeoutError if nothing came in time."""
         try:
             push = self._queue.get_nowait()
         except asyncio.QueueEmpty:
-            try:
-                async with asyncio.timeout(timeout):
-                    push = await self._queue.get()
-            except TimeoutError:
-                return None
+            async with asyncio.timeout(timeout):
+                push = await self._queue.get()
         if push is None:
             self._is_full = False
         return push
@@ -393,14 +402,19 @@ class AsyncPushes:
                         await asyncio.sleep(min(outage.pause(error), left))
                         continue
                     outage.over()
-                    events = cursor.read(followed)
-                elif (push := await inbox.get(left)) is None:
-                    cursor.interrupted()
+                    for event in cursor.read(followed):
+                        yield event
                     continue
+                try:
+                    push = await inbox.get(left)
+                except TimeoutError:
+                    cursor.silent()
+                    continue
+                if push is None:
+                    cursor.interrupted()
                 else:
-                    events = cursor.push(push)
-                for event in events:
-                    yield event
+                    for event in cursor.push(push):
+                        yield event
         finally:
             if self._inboxes.remove(request_id, inbox) and not cursor.is_done:
                 with contextlib.suppress(RedisUnavailable):

@@ -67,6 +67,18 @@ def answer_slowly(worker: HandWorker, claim: Claim, pause: float = 0.005) -> thr
     return thread
 
 
+def wait_until_listening(worker: HandWorker, keys: Keys, request_id: str) -> None:
+    """Until a reader of this request gets what is pushed."""
+    redis = worker.ledger.connection
+    deadline = time.monotonic() + 10
+    while not (
+        (reader := redis.hget(keys.request(request_id), "readers"))
+        and redis.pubsub_numsub(keys.push(reader))[0][1]
+    ):
+        assert time.monotonic() < deadline, "nobody listens"
+        time.sleep(0.005)
+
+
 class Either:
     """One of the two clients behind the blocking one's methods, so that every test here is a test of both."""
 
@@ -224,7 +236,7 @@ def test_two_readers_of_one_client_and_one_of_another_get_the_same(
 
 
 def test_lost_pushes_are_read_from_the_stream(
-    either: Any, worker: HandWorker, monkeypatch: pytest.MonkeyPatch
+    either: Any, worker: HandWorker, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deliver = producer.streams._Inboxes.deliver
     count = 0
@@ -238,10 +250,13 @@ def test_lost_pushes_are_read_from_the_stream(
     monkeypatch.setattr(producer.streams._Inboxes, "deliver", deliver_every_third)
     monkeypatch.setattr(producer.streams, "_SILENT_SECONDS", 0.05)
     submission = either.chat("q")
-    thread = answer_slowly(worker, claimed(worker), pause=0.002)
-    events = list(either.stream(submission.request_id))
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(list, either.stream(submission.request_id))
+        wait_until_listening(worker, keys, submission.request_id)
+        answer_slowly(worker, claimed(worker), pause=0.002).join()
+        events = reading.result(20)
     assert texts(events) == "".join(TEXTS)
+    # The last ones may come after the reader has found the end in the stream.
     assert count > 6
 
 

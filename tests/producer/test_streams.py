@@ -161,13 +161,19 @@ def test_a_failed_request_ends_its_stream() -> None:
 
 def test_the_longer_it_is_silent_the_rarer_it_reads() -> None:
     cursor = StreamCursor("r")
+    cursor.read(followed())
     waits = []
     for _ in range(6):
-        cursor.read(followed())
         waits.append(cursor.wait_seconds)
-        cursor.interrupted()
-    assert waits == [2.0, 4.0, 8.0, 8.0, 8.0, 8.0]
-    cursor.read(followed(STREAM[0]))
+        cursor.silent()
+        assert cursor.wants_read
+        cursor.read(followed())
+    assert waits == [1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
+    # A lost connection says nothing about how busy the request is.
+    cursor.interrupted()
+    cursor.read(followed())
+    assert cursor.wait_seconds == 8.0
+    cursor.push(pushes(STREAM)[0])
     assert cursor.wait_seconds == 1.0
 
 
