@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from producer.client import Client
@@ -15,6 +16,13 @@ from producer.contract.keys import Keys
 from producer.embedded import EmbeddedServer
 from producer.ledger import Ledger
 from producer.settings import Settings
+
+
+# On a busy machine drawing an example can take long, which says nothing about the code.
+hypothesis.settings.register_profile(
+    "glmq", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("glmq")
 
 
 @pytest.fixture(scope="session")
