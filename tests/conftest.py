@@ -17,7 +17,6 @@ from producer.embedded import EmbeddedServer
 from producer.ledger import Ledger
 from producer.settings import Settings
 
-
 # On a busy machine drawing an example can take long, which says nothing about the code.
 hypothesis.settings.register_profile(
     "glmq", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
