@@ -292,13 +292,18 @@ def test_a_slow_reader_costs_bounded_memory_and_loses_nothing(
 def test_a_killed_push_connection_is_replaced_without_a_gap(
     either: Any, worker: HandWorker, ledger: Ledger
 ) -> None:
+    def listeners() -> set[str]:
+        return {each["id"] for each in ledger.connection.client_list(_type="pubsub")}
+
+    others = listeners()
     submission = either.chat("q")
     claim = claimed(worker)
     worker.start(claim)
     stream = either.stream(submission.request_id)
     events = [next(stream)]
     for index, text in enumerate(TEXTS, 1):
-        ledger.connection.client_kill_filter(_type="pubsub", skipme=True)
+        for each in listeners() - others:
+            ledger.connection.client_kill_filter(_id=each)
         worker.emit(claim, index, text)
         events.append(next(stream))
     worker.finish(claim, "".join(TEXTS))
