@@ -96,19 +96,19 @@ class ServedAdapters(Collection[str]):
             if command is None:
                 return None
             if changed.problem:
+                logger.warning("adapter %s: %s", command.name, changed.problem)
                 return Reply(worker=self._worker, problem=changed.problem)
             if isinstance(command, LoadAdapterCommand):
                 self._loaded_by_command[command.name] = Path(command.folder)
-                is_loaded = command.name in changed.loaded
-                note = (
-                    ""
-                    if is_loaded
-                    else "its files are in order; all slots are in use, so it is loaded on its first use"
-                )
-                return Reply(worker=self._worker, note=note)
-            self._loaded_by_command.pop(command.name, None)
-            self._named.pop(command.name, None)
-            return Reply(worker=self._worker, note=self._note_of_unload(command.name, changed.num_sequences))
+                done, note = f"loaded from {command.folder}", ""
+                if command.name not in changed.loaded:
+                    note = "all slots are in use: it is checked, and comes into memory on its first use"
+            else:
+                self._loaded_by_command.pop(command.name, None)
+                self._named.pop(command.name, None)
+                done, note = "unloaded", self._note_of_unload(command.name, changed.num_sequences)
+            logger.info("adapter %s: %s%s", command.name, done, f" ({note})" if note else "")
+            return Reply(worker=self._worker, note=note)
 
     # --- for commands -------------------------------------------------------------------------------------------------
 

@@ -305,7 +305,6 @@ class Worker:
 
     def _reply(self, command_id: str, reply: Reply) -> None:
         """Tell whoever gave the command, from a thread of its own: the engine's tokens do not wait for Redis."""
-        logger.info("adapters: command %s: %s", command_id, reply.problem or reply.note or "done")
         threading.Thread(target=self._send_reply, args=(command_id, reply), name="reply", daemon=True).start()
 
     def _send_reply(self, command_id: str, reply: Reply) -> None:
@@ -320,7 +319,7 @@ class Worker:
                     pipeline.expire(keys.replies(command_id), REPLY_SECONDS)
                     pipeline.execute()
             except RedisError as error:
-                logger.warning("adapters: command %s: the reply was lost: %s", command_id, error)
+                logger.warning("adapters: the reply to command %s was lost: %s", command_id, error)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 

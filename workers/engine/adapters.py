@@ -264,9 +264,10 @@ class Adapters:
         self._loaded.append(adapter)
 
     def _fail(self, load: _Load, problem: str) -> None:
-        logger.warning("adapter %s: %s", load.adapter.name, problem)
         if load.command_id is not None:
             self._tell(load.command_id, problem=problem)
+        else:
+            logger.warning("adapter %s: %s", load.adapter.name, problem)
         for sequence in load.adapter.waiting:
             del self._holders[sequence]
             self._news.append(Refused(sequence.sequence_id, "invalid_adapter", f"adapter: {problem}"))
