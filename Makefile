@@ -52,7 +52,7 @@ bench: setup  ## Benchmarks of this machine: make bench ARGS="engine --batch 16"
 
 lock:  ## Resolve anew and write requirements.lock (torch stays: see the file)
 	@rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install -q --disable-pip-version-check "torch==2.13.0" ".[gateway,worker,reference,dev]"
+	build/lock/bin/python -m pip install -q --disable-pip-version-check "torch==2.13.0" ".[gateway,worker,reference,evaluate,dev]"
 	@{ sed -n '/^#/p;/^[^#]/q' requirements.lock; \
 	   build/lock/bin/python -m pip freeze --all --exclude glmq --exclude pip \
 	   | sed -E 's/\+cpu$$//; s/^(transformers|tokenizers|huggingface[-_]hub|hf-xet|peft|accelerate|cpm[-_]kernels)==.*/&; python_version < "3.12"/'; \
