@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from workers.engine.messages import Generate, Sampling
-from workers.models.layout import Layout
+from workers.models.layout import AnyLayout
 from workers.models.tokenizer import Tokenizer
 
 RefusalCode = Literal["context_exceeded", "unknown_adapter", "invalid_request"]
@@ -30,17 +30,12 @@ class Admission:
     vocab_size: int
     context_len: int
 
-    def layout(self, message: Generate) -> Layout:
+    def layout(self, message: Generate) -> AnyLayout:
         """The layout of a sequence that can be run. Raises CannotRun."""
         _check_sampling(message.sampling)
         self._check_tokens(message)
         try:
-            return Layout.of_prompt(
-                message.prompt_ids,
-                bos_id=self.tokenizer.bos_id,
-                gmask_id=self.tokenizer.gmask_id,
-                mask_id=self.tokenizer.mask_id,
-            )
+            return self.tokenizer.layout(message.prompt_ids)
         except ValueError as error:
             raise CannotRun("invalid_request", str(error)) from error
 

@@ -18,9 +18,9 @@ from workers.engine.scheduler import Schedule, Scheduler
 from workers.engine.sequence import Sequence
 from workers.models.adapter_bank import AdapterBank
 from workers.models.batch import KVCache
-from workers.models.chatglm import ChatGLM
 from workers.models.config import ModelConfig
 from workers.models.loader import DTYPES, load_model
+from workers.models.network import Network
 from workers.models.tokenizer import Tokenizer
 
 
@@ -28,7 +28,7 @@ class Engine:
     """Continuous batching over one model on one device. Single-threaded."""
 
     def __init__(
-        self, model: ChatGLM, tokenizer: Tokenizer, config: EngineConfig, adapters: Adapters | None = None
+        self, model: Network, tokenizer: Tokenizer, config: EngineConfig, adapters: Adapters | None = None
     ) -> None:
         """adapters: those of this model; None: it takes none."""
         self.adapters = adapters or Adapters(None)
@@ -177,7 +177,7 @@ class Engine:
         return finish_reasons
 
 
-def new_cache(model: ChatGLM, num_blocks: int, block_size: int) -> KVCache:
+def new_cache(model: Network, num_blocks: int, block_size: int) -> KVCache:
     """An empty cache for this model, on its device and in its dtype."""
     config = model.config
     shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
@@ -185,7 +185,7 @@ def new_cache(model: ChatGLM, num_blocks: int, block_size: int) -> KVCache:
     return KVCache(keys, values)
 
 
-def _adapters(model: ChatGLM, config: EngineConfig, merged: str | None) -> Adapters:
+def _adapters(model: Network, config: EngineConfig, merged: str | None) -> Adapters:
     """The adapters of this model, those of the start loaded. Raises AdapterError."""
     if merged is not None:
         why = f"{merged} is merged into the weights, and no other adapter fits those"
@@ -201,7 +201,7 @@ def _adapters(model: ChatGLM, config: EngineConfig, merged: str | None) -> Adapt
     return adapters
 
 
-def _num_blocks(model: ChatGLM, config: EngineConfig, context_len: int) -> int:
+def _num_blocks(model: Network, config: EngineConfig, context_len: int) -> int:
     """Blocks that the memory allows, but no more than all sequences can use; at least one whole sequence's."""
     shape = model.config
     block_bytes = (

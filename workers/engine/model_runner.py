@@ -14,7 +14,7 @@ from workers.engine.sampler import Sampler, SamplingBatch
 from workers.engine.scheduler import Schedule
 from workers.engine.sequence import Sequence
 from workers.models.batch import Batch, KVCache
-from workers.models.chatglm import ChatGLM
+from workers.models.network import Network
 
 
 class ModelRunner:
@@ -22,7 +22,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: ChatGLM,
+        model: Network,
         cache: KVCache,
         sampler: Sampler,
         *,
@@ -74,7 +74,7 @@ class ModelRunner:
             kv_lens=self._tensor(lens, np.int32),
             block_tables=self._tensor(np.zeros((len(sequences), 1), dtype=np.int32), np.int32),
             query_starts=self._tensor(np.cumsum([0, *lens]), np.int32),
-            prefix_lens=self._tensor([sequence.layout.context_len for sequence in sequences], np.int32),
+            prefix_lens=self._tensor([sequence.layout.prefix_len for sequence in sequences], np.int32),
             max_query_len=max(lens),
             max_kv_len=max(lens),
             adapter_slots=self._adapter_slots(sequences, lens),

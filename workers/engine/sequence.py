@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from workers.engine.messages import Sampling
-from workers.models.layout import Layout
+from workers.models.layout import AnyLayout
 
 
 @dataclass(slots=True, eq=False)
@@ -18,7 +18,7 @@ class Sequence:
     token_ids: list[int]
     """Prompt and answer, those tokens included that an earlier attempt emitted."""
     prompt_len: int
-    layout: Layout
+    layout: AnyLayout
     sampling: Sampling
     max_len: int
     """Tokens of prompt and answer, at most: from max_new_tokens and the context's length."""

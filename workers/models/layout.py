@@ -33,6 +33,11 @@ class Layout:
                 return cls(context_len, ids.index(id_))
         raise ValueError(f"the prompt has neither [gMASK] (id {gmask_id}) nor [MASK] (id {mask_id})")
 
+    @property
+    def prefix_len(self) -> int:
+        """So many first tokens see each other in both directions."""
+        return self.context_len
+
     def positions(self, begin: int, end: int) -> tuple[list[int], list[int]]:
         """First and block positions of the tokens from `begin` up to `end`."""
         boundary = min(max(self.context_len, begin), end)
@@ -48,3 +53,21 @@ class Layout:
         if index < self.context_len:
             return index, 0
         return self.mask_position, index - self.context_len + 1
+
+
+@dataclass(frozen=True, slots=True)
+class CausalLayout:
+    """ChatGLM2-6B's layout: every token sees those before it, and positions count from 0. There are no block positions."""
+
+    @property
+    def prefix_len(self) -> int:
+        return 0
+
+    def positions(self, begin: int, end: int) -> tuple[list[int], list[int]]:
+        return [*range(begin, end)], [0] * (end - begin)
+
+    def position(self, index: int) -> tuple[int, int]:
+        return index, 0
+
+
+AnyLayout = Layout | CausalLayout

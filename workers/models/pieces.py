@@ -66,6 +66,7 @@ class PieceModel:
             for index, piece in enumerate(self.pieces)
             if piece.type is PieceType.USER_DEFINED
         }
+        self._has_escapes = bool(renamed)
         self._escapes = {text: renamed[index] for index, text in white_space.items()}
         # Only white space that a piece exists for is escaped; a "\n" without a piece must not start an escape.
         self._escapes.setdefault("\n", " ")
@@ -90,7 +91,10 @@ class PieceModel:
         """Piece ids of this text. Only normal and byte pieces, and the user-defined ones for white space."""
         # A lone surrogate cannot be written in UTF-8; sentencepiece would refuse the whole text.
         text = text.encode("utf-8", "replace").decode("utf-8")
-        escaped = self._white_space.sub(lambda match: self._escapes[match[0]], text)
+        # Without user-defined pieces, as in ChatGLM2-6B's file, there is nothing that a text could spell.
+        escaped = (
+            self._white_space.sub(lambda match: self._escapes[match[0]], text) if self._has_escapes else text
+        )
         ids: list[int] = self._processor.EncodeAsIds(escaped)
         return ids
 

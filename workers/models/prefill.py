@@ -8,11 +8,11 @@ from itertools import chain
 import torch
 
 from workers.models.batch import Batch
-from workers.models.layout import Layout
+from workers.models.layout import AnyLayout
 
 
 def pack_sequences(
-    sequences: Sequence[Sequence[int]], layouts: Sequence[Layout], device: torch.device | str = "cpu"
+    sequences: Sequence[Sequence[int]], layouts: Sequence[AnyLayout], device: torch.device | str = "cpu"
 ) -> Batch:
     """A prefill of these sequences one after another, with the layout of each. For `model(batch, all_positions=True)`."""
     lens = [len(sequence) for sequence in sequences]
@@ -28,9 +28,7 @@ def pack_sequences(
         kv_lens=torch.tensor(lens, dtype=torch.int32, device=device),
         block_tables=torch.zeros((len(lens), 1), dtype=torch.int32, device=device),
         query_starts=starts.to(device),
-        prefix_lens=torch.tensor(
-            [layout.context_len for layout in layouts], dtype=torch.int32, device=device
-        ),
+        prefix_lens=torch.tensor([layout.prefix_len for layout in layouts], dtype=torch.int32, device=device),
         max_query_len=max(lens),
         max_kv_len=max(lens),
     )

@@ -1,4 +1,4 @@
-"""ChatGLM-6B's tokenizer over sentencepiece: text to ids, ids to text, a conversation to a prompt (CHATGLM.md A8, A9).
+"""The tokenizers over sentencepiece: text to ids, ids to text, a conversation to a prompt (CHATGLM.md A8, A9, B6, B7).
 
 Text of a user never produces a special token: only `build_prompt` adds them. Knows nothing about weights; needs no torch.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from workers.models.config import CheckpointError, ModelConfig, read_bytes
+from workers.models.layout import AnyLayout, CausalLayout, Layout
 from workers.models.pieces import PieceError, PieceModel, PieceType, white_space_of
 
 MODEL_FILE: Final = "ice_text.model"
@@ -32,12 +33,13 @@ _MARKS_BESIDE_CJK: Final = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\
 
 
 class Tokenizer:
-    """The tokenizer of one checkpoint.
+    """The tokenizer of one checkpoint: ChatGLM-6B's, or a subclass that differs where its model does.
 
     All ids here are the network's. They are the model file's, shifted by `first_id`: 0, but 20000 in the first release
     of ChatGLM-6B, which kept that many ids for images.
     """
 
+    model_file = MODEL_FILE
     cleans_up_spaces = True
     """`decode` applies `clean_up_spaces`."""
     widens_marks = True
@@ -59,10 +61,12 @@ class Tokenizer:
         self.pad_id = self.first_id + _piece_id(pieces, "<pad>")
         self.surfaces = tuple(_surface(piece.text, piece.type) for piece in pieces.pieces)
         """What each piece adds to a text, by piece id; "" for a byte piece, whose value is in `byte_values`."""
-        self.byte_values = tuple(
-            int(piece.text[3:-1], 16) if piece.type is PieceType.BYTE else -1 for piece in pieces.pieces
-        )
+        self.byte_values = _byte_values(pieces)
         """The byte of each byte piece, by piece id; -1 for other pieces."""
+        self._set_space_rules()
+
+    def _set_space_rules(self) -> None:
+        pieces = self._pieces
         self.starts_with_space = frozenset(
             index
             for index, piece in enumerate(pieces.pieces)
@@ -79,11 +83,12 @@ class Tokenizer:
         Raises CheckpointError, which names the file.
         """
         config = config or ModelConfig.from_folder(folder)
-        path = Path(folder) / MODEL_FILE
+        tokenizer_type = ChatGLM2Tokenizer if config.model_type == "chatglm2" else Tokenizer
+        path = Path(folder) / tokenizer_type.model_file
         remedy = "It is the sentencepiece model that comes with the checkpoint: download it"
         model_proto = read_bytes(path, remedy, MAX_MODEL_BYTES)
         try:
-            tokenizer = cls(PieceModel(model_proto), config.special_ids)
+            tokenizer = tokenizer_type(PieceModel(model_proto), config.special_ids)
         except PieceError as error:
             raise CheckpointError(path, str(error), "Download it again") from error
         except ValueError as error:
@@ -122,6 +127,10 @@ class Tokenizer:
         """Ids of the prompt for `query` after these turns (question, answer), oldest first."""
         return self.encode_prompt(chat_text(query, tuple(history)))
 
+    def layout(self, prompt_ids: Sequence[int]) -> AnyLayout:
+        """Where the parts of this prompt lie. Raises ValueError when the model cannot run it."""
+        return Layout.of_prompt(prompt_ids, bos_id=self.bos_id, gmask_id=self.gmask_id, mask_id=self.mask_id)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these ids. Raises ValueError for an id that no piece has.
 
@@ -129,11 +138,56 @@ class Tokenizer:
         `clean_up_spaces`.
         """
         joiner = PieceJoiner(self)
-        return clean_up_spaces("".join([joiner.add(id_) for id_ in ids]) + joiner.finish())
+        text = "".join([joiner.add(id_) for id_ in ids]) + joiner.finish()
+        return clean_up_spaces(text) if self.cleans_up_spaces else text
 
     def process_response(self, text: str) -> str:
         """The model card's clean-up of a decoded answer."""
-        return process_response(text)
+        return process_response(text) if self.widens_marks else trim_response(text)
+
+
+class ChatGLM2Tokenizer(Tokenizer):
+    """ChatGLM2-6B's: special tokens are no pieces but ids after the last one, and they come first in a prompt."""
+
+    model_file = "tokenizer.model"
+    cleans_up_spaces = False
+    widens_marks = False
+
+    def __init__(self, pieces: PieceModel, special_ids: dict[str, int] | None = None) -> None:
+        self._pieces = pieces
+        self.first_id = 0
+        self.mask_id, self.gmask_id, self.smask_id, self.bos_id, self.eop_id = range(
+            len(pieces), len(pieces) + len(_ADDED)
+        )
+        self.eos_id = self._special("</s>", "eos", special_ids or {})
+        self.pad_id = -1  # its id, 0, is the unknown piece's, and leaves what that leaves
+        # Control and unknown pieces, and the added ids, leave nothing at all.
+        self.surfaces = (
+            *("" if kind is PieceType.UNKNOWN else _surface(text, kind) for text, kind in pieces.pieces),
+            *("" for _ in _ADDED),
+        )
+        self.byte_values = (*_byte_values(pieces), *(-1 for _ in _ADDED))
+        self._set_space_rules()
+
+    @property
+    def end_id(self) -> int:
+        return len(self.surfaces)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """[gMASK] and sop, then the ids of this text."""
+        return [self.gmask_id, self.bos_id, *self.encode(text)]
+
+    def build_prompt(self, query: str, history: Iterable[tuple[str, str]] = ()) -> list[int]:
+        return self.encode_prompt(rounds_text(query, tuple(history)))
+
+    def layout(self, prompt_ids: Sequence[int]) -> AnyLayout:
+        """Raises ValueError for an empty prompt."""
+        if not prompt_ids:
+            raise ValueError("the prompt has no tokens")
+        return CausalLayout()
+
+
+_ADDED: Final = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
 
 class PieceJoiner:
@@ -219,6 +273,15 @@ def chat_text(query: str, history: Sequence[tuple[str, str]]) -> str:
     return "".join([*rounds, f"[Round {len(history)}]\n问：{query}\n答："])
 
 
+def rounds_text(query: str, history: Sequence[tuple[str, str]]) -> str:
+    """The text of a ChatGLM2-6B prompt: rounds count from 1, and the first question has one too."""
+    rounds = [
+        f"[Round {index}]\n\n问：{question}\n\n答：{answer}\n\n"
+        for index, (question, answer) in enumerate(history, 1)
+    ]
+    return "".join([*rounds, f"[Round {len(history) + 1}]\n\n问：{query}\n\n答："])
+
+
 def clean_up_spaces(text: str) -> str:
     """transformers' `clean_up_tokenization`, which ChatGLM-6B's tokenizer applies to what it decodes."""
     for before, after in _CLEAN_UP:
@@ -251,9 +314,14 @@ def widen_marks(text: str) -> str:
     return _MARKS_BESIDE_CJK.sub(lambda match: _FULL_WIDTH[match[0]], text)
 
 
+def trim_response(text: str) -> str:
+    """ChatGLM2-6B's clean-up of a decoded answer."""
+    return text.strip().replace(TRAINING_TIME, TRAINING_TIME_TEXT)
+
+
 def process_response(text: str) -> str:
-    """The model card's clean-up of a decoded answer."""
-    return widen_marks(text.strip().replace(TRAINING_TIME, TRAINING_TIME_TEXT))
+    """ChatGLM-6B's clean-up of a decoded answer."""
+    return widen_marks(trim_response(text))
 
 
 def _surface(text: str, kind: PieceType) -> str:
@@ -264,6 +332,10 @@ def _surface(text: str, kind: PieceType) -> str:
     if kind is PieceType.USER_DEFINED and (white_space := white_space_of(text)) is not None:
         return white_space
     return text.replace(_SPACE_MARK, " ")
+
+
+def _byte_values(pieces: PieceModel) -> tuple[int, ...]:
+    return tuple(int(text[3:-1], 16) if kind is PieceType.BYTE else -1 for text, kind in pieces.pieces)
 
 
 def _piece_id(pieces: PieceModel, text: str) -> int:

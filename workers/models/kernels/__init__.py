@@ -52,6 +52,16 @@ def residual_layer_norm(
     return _version("residual_layer_norm", branch)(branch, normed, alpha, weight, bias, eps)
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """[T, H] -> [T, H]"""
+    return _version("rms_norm", x)(x, weight, eps)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """SiLU(first half) * second half: [T, 2F] -> [T, F]"""
+    return _version("swiglu", x)(x)
+
+
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """The tanh approximation."""
     return _version("gelu", x)(x)
@@ -70,6 +80,21 @@ def rotate_and_store(
     return _version("rotate_and_store", qkv)(qkv, cos, sin, positions, layer_keys, layer_values, slots)
 
 
+def rotate_pairs_and_store(
+    qkv: torch.Tensor,
+    num_kv_heads: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    layer_keys: torch.Tensor | None,
+    layer_values: torch.Tensor | None,
+    slots: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[T, (N + 2G) D] -> q [T, N, D], k, v [T, G, D], rotated, and written to the cache when there is one."""
+    operator = _version("rotate_pairs_and_store", qkv)
+    return operator(qkv, num_kv_heads, cos, sin, positions, layer_keys, layer_values, slots)
+
+
 def attend_prefill(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -79,7 +104,7 @@ def attend_prefill(
     max_query_len: int,
     scale: float,
 ) -> torch.Tensor:
-    """[T, N, D] -> [T, N, D]: token i of a sequence sees token j when j <= i or j < prefix_len."""
+    """[T, N, D] -> [T, N, D]: token i of a sequence sees token j when j <= i or j < prefix_len. k, v: [T, N or G, D]."""
     return _version("attend_prefill", q)(q, k, v, query_starts, prefix_lens, max_query_len, scale)
 
 

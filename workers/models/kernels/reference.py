@@ -1,7 +1,7 @@
 """The operators of the layers in plain PyTorch: every device, every dtype, differentiable.
 
 They define what each operator means; faster versions are tested against them. Shapes: T tokens packed one after another,
-B sequences, N heads, D values a head, H = N * D.
+B sequences, N heads, D values a head, H = N * D. Keys and values may have fewer heads, G: head h then uses h // (N / G).
 """
 
 from __future__ import annotations
@@ -28,6 +28,18 @@ def residual_layer_norm(
     [T, H], [T, H] -> [T, H]
     """
     return layer_norm(torch.add(branch, normed, alpha=alpha), weight, bias, eps)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 up to the last rounding (CHATGLM.md B3). [T, H] -> [T, H]"""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """SiLU(first half) * second half (CHATGLM.md B3). [T, 2F] -> [T, F]"""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
@@ -59,14 +71,59 @@ def rotate_and_store(
     angle_sin = sin[positions].transpose(0, 1)[:, None, None]
     q, k = _rotate(heads[:, :, :2], angle_cos, angle_sin).unbind(2)
     v = heads[:, :, 2]
-    if layer_keys is not None and layer_values is not None and slots is not None:
-        block_size = layer_keys.shape[2]
-        blocks = torch.div(slots, block_size, rounding_mode="floor")
-        offsets = slots - blocks * block_size
-        # A broken sequence must not leave NaN to the next owner of its blocks: no mask stops 0 * NaN.
-        layer_keys[blocks, :, offsets] = k.nan_to_num()
-        layer_values[blocks, :, offsets] = v.nan_to_num()
+    _store(k, v, layer_keys, layer_values, slots)
     return q, k, v
+
+
+def rotate_pairs_and_store(
+    qkv: torch.Tensor,
+    num_kv_heads: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    layer_keys: torch.Tensor | None,
+    layer_values: torch.Tensor | None,
+    slots: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same for ChatGLM2-6B: rotates the first half of each head in pairs of neighbours (CHATGLM.md B4).
+
+    qkv: [T, (N + 2G) D], all queries, then all keys, then all values. Only the first row of positions is used. Returns
+    q: [T, N, D], k, v: [T, G, D].
+    """
+    head_dim = cos.shape[1] * 4
+    heads = qkv.view(len(qkv), -1, head_dim)
+    q, k, v = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    # [T, 1, D/4]
+    angle_cos, angle_sin = cos[positions[0]].unsqueeze(1), sin[positions[0]].unsqueeze(1)
+    q, k = _rotate_pairs(q, angle_cos, angle_sin), _rotate_pairs(k, angle_cos, angle_sin)
+    _store(k, v, layer_keys, layer_values, slots)
+    return q, k, v
+
+
+def _store(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer_keys: torch.Tensor | None,
+    layer_values: torch.Tensor | None,
+    slots: torch.Tensor | None,
+) -> None:
+    if layer_keys is None or layer_values is None or slots is None:
+        return
+    block_size = layer_keys.shape[2]
+    blocks = torch.div(slots, block_size, rounding_mode="floor")
+    offsets = slots - blocks * block_size
+    # A broken sequence must not leave NaN to the next owner of its blocks: no mask stops 0 * NaN.
+    layer_keys[blocks, :, offsets] = k.nan_to_num()
+    layer_values[blocks, :, offsets] = v.nan_to_num()
+
+
+def _rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Values 2j and 2j + 1 of the first half go together; the second half stays."""
+    num_tokens, num_heads, head_dim = x.shape
+    rotated, kept = x.split(head_dim // 2, dim=-1)
+    first, second = rotated.reshape(num_tokens, num_heads, head_dim // 4, 2).to(cos.dtype).unbind(-1)
+    pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((pairs.flatten(-2).to(x.dtype), kept), dim=-1)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -88,8 +145,10 @@ def attend_prefill(
 ) -> torch.Tensor:
     """Attention of each sequence's tokens to each other: token i sees token j when j <= i or j < prefix_len.
 
-    q, k, v: [T, N, D]; query_starts: [B + 1]; prefix_lens: [B]. Returns [T, N, D].
+    q: [T, N, D]; k, v: [T, N or G, D]; query_starts: [B + 1]; prefix_lens: [B]. Returns [T, N, D].
     """
+    if (num_shared := q.shape[1] // k.shape[1]) > 1:
+        k, v = (x.repeat_interleave(num_shared, dim=1) for x in (k, v))
     starts = query_starts.tolist()
     out = []
     for begin, end, prefix_len in zip(starts, starts[1:], prefix_lens.tolist(), strict=False):
@@ -116,20 +175,24 @@ def attend_decode(
 ) -> torch.Tensor:
     """Attention of one new token of each sequence to its cache, which already holds that token and only finite values.
 
-    q: [B, N, D]; layer_keys, layer_values: [num_blocks, N, block_size, D]; block_tables: [B, max_blocks]; kv_lens: [B].
+    q: [B, N, D]; layer_keys, layer_values: [num_blocks, N or G, block_size, D]; block_tables: [B, max_blocks];
+    kv_lens: [B].
     Returns [B, N, D].
     """
-    batch_size, num_heads, _ = q.shape
-    block_size = layer_keys.shape[2]
+    batch_size, num_heads, head_dim = q.shape
+    _, num_kv_heads, block_size, _ = layer_keys.shape
     num_blocks = -(-max_kv_len // block_size)
     tables = block_tables[:, :num_blocks].flatten()
     shape = (batch_size, num_blocks, *layer_keys.shape[1:])
-    # The blocks stay as they are gathered, [B, blocks, N, block_size, D]: turning them around would copy them again.
+    # The blocks stay as they are gathered, [B, blocks, G, block_size, D]: turning them around would copy them again.
     keys = layer_keys.index_select(0, tables).view(shape)
     values = layer_values.index_select(0, tables).view(shape)
-    scores = torch.matmul(keys, q[:, None, :, :, None]).squeeze(-1).float() * scale
+    # [B, 1, G, D, N / G]: the heads that share a group's keys are the columns of one product.
+    queries = q.view(batch_size, 1, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(-1, -2)
+    scores = torch.matmul(keys, queries).float() * scale
     is_hidden = torch.arange(num_blocks * block_size, device=q.device) >= kv_lens.unsqueeze(1)
-    scores = scores.masked_fill(is_hidden.view(batch_size, num_blocks, 1, block_size), -torch.inf)
-    weights = scores.transpose(1, 2).flatten(2).softmax(dim=-1).to(values.dtype)
-    weights = weights.view(batch_size, num_heads, num_blocks, block_size).transpose(1, 2)
-    return torch.matmul(weights.unsqueeze(-2), values).squeeze(-2).sum(dim=1)
+    scores = scores.masked_fill(is_hidden.view(batch_size, num_blocks, 1, block_size, 1), -torch.inf)
+    # [B, G, N / G, kv], and back to blocks.
+    weights = scores.permute(0, 2, 4, 1, 3).flatten(3).softmax(dim=-1).to(values.dtype)
+    weights = weights.unflatten(3, (num_blocks, block_size)).permute(0, 3, 1, 2, 4)
+    return torch.matmul(weights, values).sum(dim=1).view(batch_size, num_heads, head_dim)
