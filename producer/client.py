@@ -80,7 +80,8 @@ class Client:
     def submit(self, request: Request, *, idempotency_key: str | None = None) -> Submission:
         """Queue a request. Repeated with the same key and the same body it is the same request.
 
-        Raises IdempotencyConflict if the tenant has used the key for a different body.
+        Raises IdempotencyConflict if the tenant has used the key for a different body, and ConversationBusy while another answer of
+        its conversation is in progress.
         """
         submitted = self.ledger.run(_submit(self.settings, request, idempotency_key))
         self._tickets.send(request.model or self.model)
@@ -250,6 +251,7 @@ def _submit(settings: Settings, request: Request, idempotency_key: str | None) -
         idempotency_key=idempotency_key,
         retention_seconds=settings.retention_seconds,
         idempotency_seconds=settings.idempotency_seconds,
+        conversation_seconds=settings.conversation_seconds,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from producer.contract.errors import InvalidSetting
-from producer.contract.keys import IDEMPOTENCY_SECONDS, RETENTION_SECONDS, Keys
+from producer.contract.keys import CONVERSATION_SECONDS, IDEMPOTENCY_SECONDS, RETENTION_SECONDS, Keys
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
@@ -53,6 +53,7 @@ class Settings:
                                    `~/.local/state/glmq`)
     GLMQ_RETENTION_SECONDS         how long a request and its events are kept after its end (default 600)
     GLMQ_IDEMPOTENCY_SECONDS       how long an idempotency key is remembered (default 86400)
+    GLMQ_CONVERSATION_SECONDS      how long a conversation is kept after its last turn (default 2592000, 30 days)
     GLMQ_REDIS_TIMEOUT_SECONDS     how long one call may take, connecting included (default 5)
     GLMQ_RECONNECT_SECONDS         how long a stream waits for a Redis that went away (default 60)
     =============================  ==================================================================================
@@ -64,6 +65,7 @@ class Settings:
     state_dir: Path = field(default_factory=lambda: default_state_dir(os.environ))
     retention_seconds: float = RETENTION_SECONDS
     idempotency_seconds: float = IDEMPOTENCY_SECONDS
+    conversation_seconds: float = CONVERSATION_SECONDS
     redis_timeout_seconds: float = 5.0
     reconnect_seconds: float = 60.0
 
@@ -87,6 +89,7 @@ class Settings:
         for name, seconds in (
             ("GLMQ_RETENTION_SECONDS", self.retention_seconds),
             ("GLMQ_IDEMPOTENCY_SECONDS", self.idempotency_seconds),
+            ("GLMQ_CONVERSATION_SECONDS", self.conversation_seconds),
             ("GLMQ_REDIS_TIMEOUT_SECONDS", self.redis_timeout_seconds),
             ("GLMQ_RECONNECT_SECONDS", self.reconnect_seconds),
         ):
@@ -110,6 +113,7 @@ class Settings:
             state_dir=Path(state_dir).expanduser() if state_dir else default_state_dir(environ),
             retention_seconds=_seconds(environ, "GLMQ_RETENTION_SECONDS", RETENTION_SECONDS),
             idempotency_seconds=_seconds(environ, "GLMQ_IDEMPOTENCY_SECONDS", IDEMPOTENCY_SECONDS),
+            conversation_seconds=_seconds(environ, "GLMQ_CONVERSATION_SECONDS", CONVERSATION_SECONDS),
             redis_timeout_seconds=_seconds(environ, "GLMQ_REDIS_TIMEOUT_SECONDS", 5.0),
             reconnect_seconds=_seconds(environ, "GLMQ_RECONNECT_SECONDS", 60.0),
         )

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from producer.contract import Request, SummaryRequest
+from producer.contract import ChatRequest, FoldRequest, Request, SummaryRequest
 from workers.engine.messages import Sampling
 
 _HAN = re.compile("[㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f]")
@@ -70,6 +70,8 @@ class Prompts:
         Raises Refusal: `unknown_adapter`, `context_exceeded`.
         """
         self._check_adapter(request.adapter)
+        if isinstance(request, FoldRequest):
+            raise Refusal("invalid_request", "kind: 'fold' cannot be answered without its conversation.")
         if isinstance(request, SummaryRequest):
             ids = self.tokenizer.build_prompt(summary_query(request))
             wanted = request.sampling.max_new_tokens
@@ -93,7 +95,7 @@ class Prompts:
             "Use one of these, or leave adapter out to answer with the model alone.",
         )
 
-    def _too_long(self, request: Request, prompt_len: int) -> str:
+    def _too_long(self, request: ChatRequest | SummaryRequest, prompt_len: int) -> str:
         numbers = (
             f"the prompt has {prompt_len} tokens, and the context of {self.context_len} "
             f"must hold it and at least one token of the answer"

@@ -4,6 +4,7 @@ Pure: pydantic and the standard library, no I/O. It imports nothing else of this
 """
 
 from producer.contract.errors import (
+    ConversationBusy,
     GlmqError,
     IdempotencyConflict,
     InvalidRequest,
@@ -12,6 +13,7 @@ from producer.contract.errors import (
     RequestCancelled,
     RequestFailed,
     StreamGone,
+    UnknownConversation,
     UnknownRequest,
 )
 from producer.contract.events import (
@@ -27,6 +29,7 @@ from producer.contract.events import (
 )
 from producer.contract.requests import (
     ChatRequest,
+    FoldRequest,
     Request,
     SamplingParams,
     SummaryRequest,
@@ -37,9 +40,11 @@ from producer.contract.requests import (
 
 __all__ = [
     "ChatRequest",
+    "ConversationBusy",
     "Event",
     "Failed",
     "Finished",
+    "FoldRequest",
     "GlmqError",
     "IdempotencyConflict",
     "InvalidRequest",
@@ -55,6 +60,7 @@ __all__ = [
     "Timings",
     "Token",
     "Turn",
+    "UnknownConversation",
     "UnknownRequest",
     "Usage",
     "decode_event",

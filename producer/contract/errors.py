@@ -7,6 +7,8 @@
     ├── InvalidSetting           a setting is wrong; names the variable and the remedy
     ├── RedisUnavailable         Redis could not be reached; says which address was tried
     ├── IdempotencyConflict      the same idempotency key was used for a different request
+    ├── ConversationBusy         an answer is in progress in this conversation; names its request
+    ├── UnknownConversation      no such conversation: never begun, forgotten, or its lifetime is over
     ├── UnknownRequest           no such request: never submitted, or its lifetime is over
     ├── StreamGone               the events after this token index are no longer kept
     ├── RequestFailed            the request ended in `Failed`; carries its code
@@ -38,7 +40,10 @@ class InvalidRequest(GlmqError, ValueError):
         """The first problem that pydantic found, as a sentence with a remedy."""
         first = error.errors(include_url=False)[0]
         # A discriminated union puts its tag in front of the path: not a field of ours.
-        field = ".".join(str(part) for part in first["loc"] if part not in ("chat", "summary")) or "request"
+        field = (
+            ".".join(str(part) for part in first["loc"] if part not in ("chat", "summary", "fold"))
+            or "request"
+        )
         problem = first["msg"].removeprefix("Value error, ").rstrip(".")
         return cls(field, problem, _remedy(first["type"], first.get("ctx") or {}))
 
@@ -103,6 +108,31 @@ class IdempotencyConflict(GlmqError):
             "Use a new key for a new request."
         )
         self.request_id = request_id
+
+
+class ConversationBusy(GlmqError):
+    """A conversation has one answer at a time."""
+
+    code = "conversation_busy"
+
+    def __init__(self, conversation_id: str, request_id: str) -> None:
+        super().__init__(
+            f"conversation_id: {conversation_id!r} is busy with request {request_id}. "
+            "Wait for its answer, or cancel it."
+        )
+        self.conversation_id = conversation_id
+        self.request_id = request_id
+
+
+class UnknownConversation(GlmqError, LookupError):
+    """Nothing is known about this conversation."""
+
+    def __init__(self, conversation_id: str) -> None:
+        super().__init__(
+            f"conversation_id: nothing is known about {conversation_id!r}. "
+            "It was never begun, was forgotten, or had its last turn longer ago than conversations are kept."
+        )
+        self.conversation_id = conversation_id
 
 
 class UnknownRequest(GlmqError, LookupError):

@@ -31,6 +31,12 @@ class Usage(BaseModel):
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    summary_turns: int = 0
+    """The conversation's first so many turns were in the prompt as a summary."""
+    recent_turns: int = 0
+    """Its last so many turns were in the prompt word for word; the summary may cover some of them as well."""
+    left_out_turns: int = 0
+    """So many turns between the two were not in the prompt: the summary does not cover them yet."""
 
 
 class Timings(BaseModel):

@@ -1,7 +1,7 @@
 """Every Redis key and its lifetime, on one page.
 
 All keys of one deployment share the hash tag `{<namespace>}`, so that scripts which touch several of them also run on
-Redis Cluster. `R` is a request id.
+Redis Cluster. `R` is a request id, `C` the name of a conversation (`conversation_name`): its tenant and its id.
 
 ======================================  =========  ==============================================================
 key                                     type       content and lifetime
@@ -19,6 +19,10 @@ key                                     type       content and lifetime
 {ns}:worker:<worker>                    hash       what a worker says of itself (model, slots, speed,
                                                    adapters); `worker_seconds`, renewed with the leases
 {ns}:workers                            zset       worker ids by last sign of life (ms); pruned when read
+{ns}:conversation:C                     hash       a conversation (fields below); its lifetime, renewed by each turn
+{ns}:turns:C                            list       its finished turns, oldest first: `ArchivedTurn` (JSON); same lifetime
+{ns}:conversations                      zset       names of conversations by the time (ms) at which they expire (+inf
+                                                   while an answer is in progress); pruned when read or written
 {ns}:push:<reader>                      channel    events of all requests that this reader process follows: lines of
                                                    R, id of the entry before, id of the entry, event; tabs between
 {ns}:control:<worker>                   channel    commands (`contract.control`): `cancel R`, or a verb and JSON
@@ -29,7 +33,13 @@ key                                     type       content and lifetime
 Fields of a request: `request` (JSON), `digest` (of the body as it was submitted), `state` (queued, running, done, failed, cancelled,
 dead), `model`, `tenant`, `priority`, `attempt` (the fencing token), `worker`, `started` (the attempt whose Started is in the stream),
 `count` (answer tokens emitted), `last` (id of the stream's last entry), `readers` (comma-separated), `cancel` (1 when asked for),
-`retention` (ms), and times in ms on Redis' clock: `submitted`, `claimed` (first), `deadline`, `ended`.
+`retention` (ms), and times in ms on Redis' clock: `submitted`, `claimed` (first), `deadline`, `ended`. One that belongs to a conversation
+also has `conversation` (C), and from its first prompt on `memory` (JSON): what that prompt consists of, so that every attempt builds the same.
+
+Fields of a conversation: `id`, `tenant`, `model` (of its last request), `lifetime` (ms), `summary`, `summary_tokens`, `covered` (the summary
+stands for so many turns, counted from the first), `context_len` (tokens, of the model that answered last), `busy` (the request that is being
+answered), `folding` (the request that makes the next summary), `folded` (the one before), `fold_failures` (since the last success), and times in ms:
+`created`, `updated`.
 """
 
 from __future__ import annotations
@@ -40,12 +50,19 @@ from urllib.parse import quote
 RETENTION_SECONDS = 600
 """How long a request and its events are kept after its end."""
 IDEMPOTENCY_SECONDS = 86_400
+CONVERSATION_SECONDS = 30 * 86_400
+"""How long a conversation is kept after its last turn."""
 WORKER_SECONDS = 10
 """A worker that has not been heard of for so long is not shown any more."""
 
 
 REPLY_SECONDS = 120
 """How long a reply waits for whoever gave the command."""
+
+
+def conversation_name(tenant: str, conversation_id: str) -> str:
+    """What a deployment calls a tenant's conversation. Two tenants may use the same id, and neither can reach the other's."""
+    return f"{quote(tenant, safe='')}:{quote(conversation_id, safe='')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +93,16 @@ class Keys:
 
     def idempotency(self, tenant: str, key: str) -> str:
         return f"{self.prefix}idempotency:{tenant}:{quote(key, safe='')}"
+
+    def conversation(self, name: str) -> str:
+        return f"{self.prefix}conversation:{name}"
+
+    def turns(self, name: str) -> str:
+        return f"{self.prefix}turns:{name}"
+
+    @property
+    def conversations(self) -> str:
+        return f"{self.prefix}conversations"
 
     def worker(self, worker: str) -> str:
         return f"{self.prefix}worker:{worker}"

@@ -1,4 +1,4 @@
-"""What a caller asks for: a chat answer or a summary, with how to sample it.
+"""What is asked for: a chat answer, a summary, or what workers ask of each other, with how to sample it.
 
 Validated where it is built, versioned on the wire. Knows nothing about queues or models.
 """
@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -155,6 +156,15 @@ class ChatRequest(_Request):
             Turn(*turn) if isinstance(turn, list | tuple) and len(turn) == 2 else turn for turn in value
         )
 
+    @field_validator("conversation_id")
+    @classmethod
+    def _without_history(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("history"):
+            raise ValueError(
+                "comes with a history, but the turns of a conversation are kept for you: leave one out"
+            )
+        return value
+
 
 class SummaryRequest(_Request):
     """A summary of `text`."""
@@ -173,7 +183,19 @@ class SummaryRequest(_Request):
         return value
 
 
-Request = ChatRequest | SummaryRequest
+class FoldRequest(_Request):
+    """A new summary of a conversation: the old one, with the turns from `first` on folded into it.
+
+    Workers make it; no caller can. How many turns it takes is decided, and kept, when its prompt is built.
+    """
+
+    kind: Literal["fold"] = "fold"
+    conversation_id: Name
+    first: Annotated[int, Field(ge=0)]
+    """Index of the oldest turn that the summary does not cover, from 0."""
+
+
+Request = ChatRequest | SummaryRequest | FoldRequest
 
 _adapter: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="kind")])
 

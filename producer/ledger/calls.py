@@ -16,10 +16,23 @@ from enum import IntEnum
 from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import quote
 
-from producer.contract.errors import IdempotencyConflict, InvalidRequest, UnknownRequest
+from producer.contract.conversation import ArchivedTurn
+from producer.contract.errors import (
+    ConversationBusy,
+    IdempotencyConflict,
+    InvalidRequest,
+    UnknownConversation,
+    UnknownRequest,
+)
 from producer.contract.events import Event, Failed, Finished, Started, Token, decode_event, encode_event
-from producer.contract.keys import IDEMPOTENCY_SECONDS, RETENTION_SECONDS, WORKER_SECONDS
-from producer.contract.requests import Request, encode_request
+from producer.contract.keys import (
+    CONVERSATION_SECONDS,
+    IDEMPOTENCY_SECONDS,
+    RETENTION_SECONDS,
+    WORKER_SECONDS,
+    conversation_name,
+)
+from producer.contract.requests import ChatRequest, FoldRequest, Request, encode_request
 
 T = TypeVar("T")
 
@@ -71,12 +84,16 @@ def submit(
     idempotency_key: str | None = None,
     retention_seconds: float = RETENTION_SECONDS,
     idempotency_seconds: float = IDEMPOTENCY_SECONDS,
+    conversation_seconds: float = CONVERSATION_SECONDS,
 ) -> Call[Submitted]:
     """Queue a request for `request.model`, or `model` if it names none. A missing seed is drawn here, once.
 
     Safe to repeat: the same id or the same (tenant, idempotency key) with the same body is the same request. With a
-    different body the call raises IdempotencyConflict.
+    different body the call raises IdempotencyConflict. ConversationBusy while another answer of its conversation is in progress.
     """
+    if isinstance(request, FoldRequest):
+        raise InvalidRequest("kind", "'fold' is made by workers alone", "Submit a chat or a summary.")
+    conversation_id = request.conversation_id if isinstance(request, ChatRequest) else None
     own_id = new_request_id() if request_id is None else _checked_name("request_id", request_id)
     if idempotency_key is not None and not 1 <= len(idempotency_key) <= 256:
         raise InvalidRequest(
@@ -84,7 +101,7 @@ def submit(
         )
     model = request.model or model
     resolved = request.model_copy(update={"model": model})
-    digest = _digest(resolved.model_dump(mode="json", exclude_defaults=True), request.kind)
+    digest = _digest_of(resolved)
     if resolved.sampling.seed is None:
         sampling = resolved.sampling.model_copy(update={"seed": secrets.randbits(63)})
         resolved = resolved.model_copy(update={"sampling": sampling})
@@ -93,6 +110,8 @@ def submit(
         code, known_id = answer
         if code == -1:
             raise IdempotencyConflict(own_id if idempotency_key is None else idempotency_key, known_id)
+        if code == -2:
+            raise ConversationBusy(conversation_id or "", known_id)
         # An id drawn here cannot have been known: then the answer of the first try was lost, and this is its retry.
         return Submitted(known_id, code == 1 or (request_id is None and known_id == own_id))
 
@@ -109,6 +128,9 @@ def submit(
             _ms(retention_seconds),
             "" if idempotency_key is None else quote(idempotency_key, safe=""),
             _ms(idempotency_seconds),
+            "" if conversation_id is None else conversation_name(request.tenant, conversation_id),
+            conversation_id or "",
+            _ms(conversation_seconds),
         ],
         parse,
     )
@@ -275,6 +297,42 @@ def overview(model: str, worker_seconds: float = WORKER_SECONDS) -> Call[Overvie
     return Call("overview", [model, _ms(worker_seconds)], parse)
 
 
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What waits in a deployment, for those who watch it."""
+
+    num_queued: tuple[int, ...]
+    """Of the model that was asked for, by priority, 0 (the most urgent) to 9."""
+    oldest_seconds: float
+    """How long the oldest of them has waited."""
+    num_running: int
+    """Of all models."""
+    num_overdue: int
+    """Running requests whose lease has ended."""
+    num_conversations: int
+    num_dead: int
+    """Dead letters."""
+    memory_used_bytes: int
+    """By Redis."""
+    memory_max_bytes: int
+    """0: no limit."""
+    rejected: dict[str, int]
+    """Submissions refused at the door, by reason, since the deployment began."""
+
+
+def backlog(model: str) -> Call[Backlog]:
+    """What waits, how long it has waited, and how full Redis is."""
+
+    def parse(answer: list[Any]) -> Backlog:
+        queued, oldest_ms, running, overdue, conversations, dead, used, maximum, rejected = answer
+        counts = {reason: int(number) for reason, number in _pairs(rejected).items()}
+        return Backlog(
+            tuple(queued), oldest_ms / 1000, running, overdue, conversations, dead, used, maximum, counts
+        )
+
+    return Call("backlog", [model], parse)
+
+
 # --- workers ---------------------------------------------------------------------------------------------------------
 
 
@@ -374,6 +432,11 @@ def release(request_id: str, attempt: int) -> Call[bool]:
     return Call("release", [request_id, attempt, _CANCELLED], lambda code: bool(code == 1))
 
 
+def reap(at_most: int = 100) -> Call[list[str]]:
+    """Put requests whose leases have run out back into the queue, at their old places. Answers their ids."""
+    return Call("reap", [at_most, _CANCELLED], list)
+
+
 @dataclass(frozen=True, slots=True)
 class Renewal:
     """What has become of a worker's leases."""
@@ -411,6 +474,187 @@ def renew(
     )
 
 
+# --- conversations, for workers --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Recollected:
+    """What there is to build the prompt of a request that belongs to a conversation."""
+
+    memory: str | None
+    """JSON that an earlier attempt left by `remember`."""
+    summary: str
+    summary_tokens: int
+    covered: int
+    """Turns that the summary stands for, counted from the first."""
+    fold_failures: int
+    num_turns: int
+    first: int
+    """Index of the first of `turns`."""
+    turns: list[ArchivedTurn]
+    is_known: bool = True
+    """False: the conversation is gone, or was forgotten."""
+
+
+def recollect(
+    request_id: str, *, max_turns: int, max_bytes: int, from_head: bool = False
+) -> Call[Recollected]:
+    """Read a request's conversation: its last turns, or with `from_head` those after the ones that the summary covers.
+
+    At most so many turns, of so many bytes of JSON together. When the request has a memory, exactly the turns that it names.
+    """
+
+    def parse(answer: list[Any]) -> Recollected:
+        memory, flat, num_turns, first, turns = answer
+        fields = _pairs(flat)
+        return Recollected(
+            memory=memory or None,
+            summary=fields.get("summary", ""),
+            summary_tokens=int(fields.get("summary_tokens", 0)),
+            covered=int(fields.get("covered", 0)),
+            fold_failures=int(fields.get("fold_failures", 0)),
+            num_turns=num_turns,
+            first=first,
+            turns=[ArchivedTurn.model_validate_json(turn) for turn in turns],
+            is_known=bool(fields),
+        )
+
+    return Call("recollect", [request_id, max_turns, max_bytes, "head" if from_head else "tail"], parse)
+
+
+def remember(request_id: str, attempt: int, memory: str) -> Call[str | None]:
+    """Keep with a running request what its prompt consists of (JSON). Answers what is kept from now on; None: fenced."""
+    return Call("remember", [request_id, attempt, memory], lambda kept: kept or None)
+
+
+def fold(
+    request: FoldRequest, *, request_id: str, model: str, retention_seconds: float = RETENTION_SECONDS
+) -> Call[bool]:
+    """Queue a fold of a conversation's turns from `request.first` on, which the summary must end at.
+
+    False, and nothing is done: one is in progress, the summary covers other turns by now, or the conversation is gone.
+    """
+    return Call(
+        "fold",
+        [
+            _checked_name("request_id", request_id),
+            _digest_of(request),
+            model,
+            request.tenant,
+            request.priority,
+            encode_request(request),
+            _ms(retention_seconds),
+            conversation_name(request.tenant, request.conversation_id),
+            request.first,
+        ],
+        bool,
+    )
+
+
+# --- conversations, for whoever owns them ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationStatus:
+    """How a conversation is. Times are Unix seconds on Redis' clock."""
+
+    conversation_id: str
+    tenant: str
+    model: str
+    """Of its last request."""
+    num_turns: int
+    summary: str
+    """Of its first `covered` turns; "" while there is none."""
+    summary_tokens: int
+    covered: int
+    context_len: int | None
+    """Tokens, of the model that answered last; None before the first answer."""
+    busy: str | None
+    """The request that is being answered."""
+    folding: str | None
+    """The request that makes the next summary."""
+    fold_failures: int
+    """Summaries that were not accepted, or failed, since the last one that was."""
+    created_at: float
+    updated_at: float
+
+
+def _conversation_status(flat: list[str], num_turns: int) -> ConversationStatus:
+    fields = _pairs(flat)
+    return ConversationStatus(
+        conversation_id=fields["id"],
+        tenant=fields["tenant"],
+        model=fields["model"],
+        num_turns=num_turns,
+        summary=fields.get("summary", ""),
+        summary_tokens=int(fields.get("summary_tokens", 0)),
+        covered=int(fields.get("covered", 0)),
+        context_len=int(fields["context_len"]) if "context_len" in fields else None,
+        busy=fields.get("busy"),
+        folding=fields.get("folding"),
+        fold_failures=int(fields.get("fold_failures", 0)),
+        created_at=int(fields["created"]) / 1000,
+        updated_at=int(fields["updated"]) / 1000,
+    )
+
+
+class ConversationsPage(NamedTuple):
+    """Some of the conversations, those with the latest turn first."""
+
+    next: int | None
+    """Where the next page begins; None: this was the last."""
+    conversations: list[ConversationStatus]
+
+
+def conversations(
+    tenant: str | None = None, *, at: int = 0, num_looked_at: int = 500
+) -> Call[ConversationsPage]:
+    """One page of a tenant's conversations, or of everybody's. A page may be empty and not the last."""
+
+    def parse(answer: tuple[int, list[Any]]) -> ConversationsPage:
+        following, found = answer
+        return ConversationsPage(
+            None if following < 0 else following, [_conversation_status(*one) for one in found]
+        )
+
+    beginning = "" if tenant is None else conversation_name(tenant, "")
+    return Call("conversations", [beginning, at, num_looked_at], parse)
+
+
+class ConversationTurns(NamedTuple):
+    """A conversation, and some of its turns."""
+
+    status: ConversationStatus
+    first: int
+    """Index of the first of `turns`."""
+    turns: list[ArchivedTurn]
+
+
+def conversation(
+    tenant: str, conversation_id: str, *, first: int = 0, count: int = 0
+) -> Call[ConversationTurns]:
+    """A conversation and `count` of its turns from index `first` on; negative: from the end. Raises UnknownConversation."""
+
+    def parse(answer: list[Any]) -> ConversationTurns:
+        flat, num_turns, index, turns = answer
+        if not flat:
+            raise UnknownConversation(conversation_id)
+        decoded = [ArchivedTurn.model_validate_json(turn) for turn in turns]
+        return ConversationTurns(_conversation_status(flat, num_turns), index, decoded)
+
+    return Call("conversation", [conversation_name(tenant, conversation_id), first, count], parse)
+
+
+def forget(tenant: str, conversation_id: str) -> Call[None]:
+    """Delete a conversation and what is still kept of its requests; cancel what is in progress. Raises UnknownConversation."""
+
+    def parse(answer: int) -> None:
+        if not answer:
+            raise UnknownConversation(conversation_id)
+
+    return Call("forget", [conversation_name(tenant, conversation_id), _CANCELLED], parse)
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -445,6 +689,10 @@ def _checked_name(field: str, value: str) -> str:
             "Use at most 128 letters, digits and . _ : @ -, a letter or digit first.",
         )
     return value
+
+
+def _digest_of(request: Request) -> str:
+    return _digest(request.model_dump(mode="json", exclude_defaults=True), request.kind)
 
 
 def _digest(body: object, kind: str) -> str:

@@ -83,8 +83,8 @@ def test_a_full_server_is_unavailable_and_not_a_riddle(tmp_path: Path) -> None:
 def test_every_key_is_on_the_page_of_keys_with_its_lifetime(
     worker: HandWorker, ledger: Ledger, keys: Keys
 ) -> None:
-    for key in ("done", "running", "queued"):
-        worker.submit(ChatRequest(query="q"), idempotency_key=key)
+    for key, conversation_id in (("done", "c"), ("running", None), ("queued", None)):
+        worker.submit(ChatRequest(query="q", conversation_id=conversation_id), idempotency_key=key)
     done = worker.claim()
     assert done is not None
     worker.answer(done, "a")
@@ -95,14 +95,17 @@ def test_every_key_is_on_the_page_of_keys_with_its_lifetime(
 
     page = keys_page.__doc__ or ""
     documented = {
-        re.sub(r"<\w+>|R$", "*", name).replace("{ns}:", ""): kind
-        for name, kind in re.findall(r"^(\{ns\}:\S+)\s+(hash|stream|zset|set|string) ", page, re.M)
+        re.sub(r"<\w+>|[RC]$", "*", name).replace("{ns}:", ""): kind
+        for name, kind in re.findall(r"^(\{ns\}:\S+)\s+(hash|stream|zset|set|string|list) ", page, re.M)
     }
+    # Replies to commands are not the ledger's.
+    del documented["replies:*"]
     endless = {
         keys.queue("chatglm-6b"),
         keys.leases,
         keys.running("worker-1"),
         keys.workers,
+        keys.conversations,
     }
     found = set()
     for key in ledger.connection.scan_iter(f"{keys.prefix}*"):

@@ -1,0 +1,33 @@
+-- A conversation, and what the ledger still keeps of its requests, is deleted; what is in progress in it is cancelled.
+-- ARGV: name, Finished event to fill in
+-- Answers 1, or 0 if there is no such conversation.
+
+local name, cancelled = ARGV[1], ARGV[2]
+local fields = redis.call('HMGET', conversation_key(name), 'id', 'busy', 'folding', 'folded')
+if not fields[1] then
+  return 0
+end
+local num_turns = redis.call('LLEN', turns_key(name))
+-- From the latest turn back to where requests are not kept any more.
+local at = num_turns
+while at > 0 do
+  local num_deleted = 0
+  for _, turn in ipairs(redis.call('LRANGE', turns_key(name), math.max(at - 64, 0), at - 1)) do
+    local id = cjson.decode(turn).request_id
+    num_deleted = num_deleted + redis.call('DEL', request_key(id), events_key(id))
+  end
+  at = num_deleted > 0 and at - 64 or 0
+end
+if fields[4] then
+  redis.call('DEL', request_key(fields[4]), events_key(fields[4]))
+end
+drop_conversation(name)
+for i = 2, 3 do
+  if is_live(fields[i]) then
+    -- Its reader is still told that it ends, and no more.
+    redis.call('HSET', request_key(fields[i]), 'retention', 10000)
+    cancel_request(fields[i], cancelled)
+  end
+end
+publish_pushes()
+return 1
