@@ -40,6 +40,7 @@ def _fields(batch_size: int, max_blocks: int) -> dict[str, tuple[type, tuple[int
         "slots": (np.int64, (batch_size,)),
         "seeds": (np.int64, (batch_size,)),
         "token_indexes": (np.int64, (batch_size,)),
+        "adapter_slots": (np.int64, (batch_size,)),
         "top_ps": (np.float64, (batch_size,)),
         "kv_lens": (np.int32, (batch_size,)),
         "token_rows": (np.int32, (batch_size,)),
@@ -97,7 +98,13 @@ class Vocabulary:
 
 
 class DecodeGraph:
-    """The step of `batch_size` sequences. Rows that have none write to block 0 and to the last row of `last_tokens`."""
+    """The step of `batch_size` sequences. Rows that have none write to block 0 and to the last row of `last_tokens`.
+
+    Making one runs the step once, which loads its kernels and makes what they share; `capture` comes after that.
+    """
+
+    logits: torch.Tensor
+    """[B, vocab] of the last step, valid until another graph runs"""
 
     def __init__(
         self,
@@ -108,6 +115,7 @@ class DecodeGraph:
         *,
         batch_size: int,
         max_blocks: int,
+        has_adapters: bool = False,
         pool: Any = None,
     ) -> None:
         self.batch_size = batch_size
@@ -117,17 +125,21 @@ class DecodeGraph:
         self.inputs.fill("token_rows", len(last_tokens) - 1)
         self.inputs.send()
         self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
+        self._model, self._cache, self._vocabulary = model, cache, vocabulary
+        self._last_tokens = last_tokens
+        self._pool = pool
         self._graph = torch.cuda.CUDAGraph()
         tensors = self.inputs.tensors
-        decode_inputs = DecodeInputs(
+        self._decode_inputs = DecodeInputs(
             last_tokens,
             tensors["token_rows"],
             tensors["positions"],
             tensors["slots"],
             tensors["kv_lens"],
             tensors["block_tables"],
+            tensors["adapter_slots"] if has_adapters else None,
         )
-        sampling_inputs = cuda_ops.SamplingInputs(
+        self._sampling_inputs = cuda_ops.SamplingInputs(
             tensors["temperatures"],
             tensors["top_ks"],
             tensors["top_ps"],
@@ -136,32 +148,32 @@ class DecodeGraph:
             tensors["min_new_tokens"],
             tensors["token_rows"],
         )
+        self.logits = self._run()
 
-        def run() -> torch.Tensor:
-            logits = model.decode(decode_inputs, cache)
-            cuda_ops.run_sample(
-                logits,
-                sampling_inputs,
-                self.tokens,
-                last_tokens,
-                first_id=vocabulary.first_id,
-                end_id=vocabulary.end_id,
-                eos_id=vocabulary.eos_id,
-                invalid_token=vocabulary.invalid_token,
-                is_dependent=True,
-            )
-            return logits
+    def _run(self) -> torch.Tensor:
+        logits = self._model.decode(self._decode_inputs, self._cache)
+        cuda_ops.run_sample(
+            logits,
+            self._sampling_inputs,
+            self.tokens,
+            self._last_tokens,
+            first_id=self._vocabulary.first_id,
+            end_id=self._vocabulary.end_id,
+            eos_id=self._vocabulary.eos_id,
+            invalid_token=self._vocabulary.invalid_token,
+            is_dependent=True,
+        )
+        return logits
 
-        # Loads every kernel and makes what they share; neither can happen while capturing.
-        run()
-        torch.cuda.synchronize(model.device)
-        with torch.cuda.graph(self._graph, pool=pool):
-            self.logits = run()
+    def capture(self) -> None:
+        torch.cuda.synchronize(self._model.device)
+        with torch.cuda.graph(self._graph, pool=self._pool):
+            self.logits = self._run()
 
     def pool(self) -> Any:
         """Memory that another graph may share, when the two never run at the same time."""
         return self._graph.pool()
 
     def replay(self) -> None:
-        """Runs the step on the inputs last sent; `logits` and `tokens` are valid until another graph runs."""
+        """Runs the step on the inputs last sent."""
         self._graph.replay()

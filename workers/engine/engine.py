@@ -12,9 +12,9 @@ from workers.engine.admission import Admission, CannotRun
 from workers.engine.block_manager import BlockManager
 from workers.engine.config import GIB, EngineConfig
 from workers.engine.messages import FromEngine, Generate, Ready, Refused, Step
-from workers.engine.model_runner import ModelRunner
+from workers.engine.model_runner import Launched, ModelRunner
 from workers.engine.sampler import Sampler
-from workers.engine.scheduler import Schedule, Scheduler
+from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence
 from workers.models.adapter_bank import AdapterBank
 from workers.models.batch import KVCache
@@ -62,6 +62,8 @@ class Engine:
             context_len=self.context_len,
         )
         self._sequences: dict[int, Sequence] = {}
+        self._launched: Launched | None = None
+        """A step whose tokens were not read yet."""
         self._arrivals = itertools.count()
 
     @classmethod
@@ -90,14 +92,18 @@ class Engine:
         return cls(model, tokenizer, config, adapters)
 
     def step(self) -> Step:
-        """Runs one step: the next token of some sequences. Call it only while there is work."""
-        schedule = self.scheduler.schedule()
-        token_ids = self._runner.run(schedule)
-        finish_reasons = self._advance(schedule, token_ids)
+        """The next token of some sequences. Call it only while there is work.
+
+        On a GPU the following step is launched before this one's tokens are read, so that the GPU never waits for the host.
+        A sequence that turns out to have ended takes part in that step in vain.
+        """
+        launched = self._launched or self._launch()
+        self._launched = self._launch() if self._runner.runs_ahead else None
+        ended = self._advance(launched) if launched is not None else []
         return Step(
-            sequence_ids=[sequence.sequence_id for sequence in schedule.sequences],
-            token_ids=token_ids,
-            finish_reasons=finish_reasons,
+            sequence_ids=[sequence_id for sequence_id, _, _ in ended],
+            token_ids=[token_id for _, token_id, _ in ended],
+            finish_reasons=[finish_reason for _, _, finish_reason in ended],
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting) + self.adapters.num_waiting,
             num_free_blocks=self.scheduler.block_manager.num_free_blocks,
@@ -106,7 +112,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._launched is not None
 
     def add(self, message: Generate) -> Refused | None:
         """Takes this sequence in, or says why it cannot be run here."""
@@ -163,18 +169,31 @@ class Engine:
             loaded_adapters=self.adapters.loaded,
         )
 
-    def _advance(self, schedule: Schedule, token_ids: list[int]) -> list[str]:
-        """Gives each sequence its token, and lets those go that have ended. Returns the finish reasons."""
-        finish_reasons = []
-        for sequence, token_id in zip(schedule.sequences, token_ids, strict=True):
+    def _launch(self) -> Launched | None:
+        schedule = self.scheduler.schedule()
+        if schedule is None:
+            return None
+        launched = self._runner.launch(schedule)
+        for sequence in schedule.sequences:
+            sequence.num_pending += 1
+        return launched
+
+    def _advance(self, launched: Launched) -> list[tuple[int, int, str]]:
+        """Gives each sequence its token, and lets those go that have ended. Returns (id, token, finish reason) of those that
+        had not ended, or been aborted, before."""
+        advanced = []
+        for sequence, token_id in zip(launched.sequences, launched.token_ids(), strict=True):
+            sequence.num_pending -= 1
+            if self._sequences.get(sequence.sequence_id) is not sequence:
+                continue
             sequence.token_ids.append(token_id)
             finish_reason = sequence.finish_reason(self.tokenizer.eos_id)
             if finish_reason:
                 del self._sequences[sequence.sequence_id]
                 self.scheduler.remove(sequence)
                 self.adapters.release(sequence)
-            finish_reasons.append(finish_reason)
-        return finish_reasons
+            advanced.append((sequence.sequence_id, token_id, finish_reason))
+        return advanced
 
 
 def new_cache(model: Network, num_blocks: int, block_size: int) -> KVCache:

@@ -5,7 +5,9 @@ Keeps tables with a row for each running sequence, so that a decode gathers them
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,8 +19,38 @@ from workers.models.batch import Batch, KVCache
 from workers.models.network import Network
 
 
+class Launched(Protocol):
+    """A step that was started."""
+
+    @property
+    def sequences(self) -> list[Sequence]: ...
+
+    def token_ids(self) -> list[int]:
+        """The next token of each of them; waits for the step to end."""
+
+
+class Runner(Protocol):
+    """What runs an engine's schedules."""
+
+    runs_ahead: bool
+    """Whether a step may be launched before the tokens of the last one were read."""
+
+    def launch(self, schedule: Schedule) -> Launched: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    sequences: list[Sequence]
+    _token_ids: list[int]
+
+    def token_ids(self) -> list[int]:
+        return self._token_ids
+
+
 class ModelRunner:
-    """Runs schedules on one device."""
+    """Runs schedules on any device, one after another."""
+
+    runs_ahead: bool = False
 
     def __init__(
         self,
@@ -39,8 +71,8 @@ class ModelRunner:
         self._sampling: SamplingBatch | None = None
 
     @torch.inference_mode()
-    def run(self, schedule: Schedule) -> list[int]:
-        """The next token of each scheduled sequence, in order."""
+    def launch(self, schedule: Schedule) -> Launched:
+        """Runs this step to its end."""
         sequences = schedule.sequences
         if schedule.is_prefill:
             for sequence in sequences:
@@ -51,10 +83,8 @@ class ModelRunner:
             batch = self._decode_batch(sequences)
         logits = self._model(batch, self._cache)
         token_indexes = self._tensor([sequence.num_generated for sequence in sequences])
-        token_ids: list[int] = self._sampler.sample(
-            logits, self._sampling_batch(sequences), token_indexes
-        ).tolist()
-        return token_ids
+        chosen = self._sampler.sample(logits, self._sampling_batch(sequences), token_indexes)
+        return _Ended(sequences, chosen.tolist())
 
     def _prefill_batch(self, sequences: list[Sequence]) -> Batch:
         lens = [len(sequence) for sequence in sequences]

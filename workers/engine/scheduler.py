@@ -50,8 +50,8 @@ class Scheduler:
             self.running.remove(sequence)
             self._release(sequence)
 
-    def schedule(self) -> Schedule:
-        """The next step's work. Call it only while there is work."""
+    def schedule(self) -> Schedule | None:
+        """The next step's work. None: nothing can be done before the steps on their way have ended, or there is no work."""
         if not (self._has_just_prefilled and self.running):
             admitted = self._admit()
             if admitted:
@@ -59,7 +59,8 @@ class Scheduler:
                 return Schedule(admitted, is_prefill=True)
         self._has_just_prefilled = False
         self._make_room()
-        return Schedule(list(self.running), is_prefill=False)
+        growing = [sequence for sequence in self.running if sequence.can_grow]
+        return Schedule(growing, is_prefill=False) if growing else None
 
     def _admit(self) -> list[Sequence]:
         """Waiting sequences that fit into one prefill, each with its blocks and a row."""
@@ -91,7 +92,8 @@ class Scheduler:
         """Blocks for the newest token of every running sequence, at the expense of the youngest ones."""
         index = 0
         while index < len(self.running):
-            if self.block_manager.allocate(self.running[index]):
+            sequence = self.running[index]
+            if not sequence.can_grow or self.block_manager.allocate(sequence):
                 index += 1
             else:
                 self._preempt(self.running.pop())

@@ -29,13 +29,22 @@ class Sequence:
     adapter_slot: int = 0
     """Where its adapter is loaded; 0: it has none."""
 
+    num_pending: int = 0
+    """Tokens that a step on its way will add: the host knows that they come, but not what they are."""
+
     def __len__(self) -> int:
-        return len(self.token_ids)
+        """Tokens, pending ones included."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_generated(self) -> int:
-        """Answer tokens so far."""
-        return len(self.token_ids) - self.prompt_len
+        """Answer tokens so far, pending ones included."""
+        return len(self) - self.prompt_len
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether another step may add a token, as far as is known."""
+        return len(self) < self.max_len
 
     def finish_reason(self, eos_id: int) -> str:
         """ "stop" when its last token ends it, "length" when it may not grow any more, "" while it goes on."""
