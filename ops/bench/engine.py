@@ -117,6 +117,7 @@ def decode_seconds(
     last_tokens = torch.randint(0, 130000, (batch + 1,), device="cuda")
     max_blocks = -(-CHATGLM_6B.max_sequence_length // BLOCK_SIZE)
     graph = DecodeGraph(model, cache, VOCABULARY, last_tokens, batch_size=batch, max_blocks=max_blocks)
+    graph.capture()
     num_blocks = -(-context // BLOCK_SIZE)
     # A cache that is too small for the batch is read more than once, which takes the same time.
     blocks = torch.arange(batch * num_blocks) % (cache.num_blocks - 1) + 1
@@ -152,9 +153,10 @@ def decode_seconds(
             # One step ahead of the GPU, as the engine is.
             done[(index - 1) % 2].synchronize()
     torch.cuda.synchronize()
+    wall = (time.perf_counter() - started) / count
     if profile:
         print_profile(graph.replay)
-    return (time.perf_counter() - started) / count, median_seconds(graph.replay)
+    return wall, median_seconds(graph.replay)
 
 
 def print_profile(run: Callable[[], object]) -> None:

@@ -49,6 +49,10 @@ class AdapterBank:
         """Memory of all stacks."""
         return sum(layer.num_bytes for layer in self._layers.values())
 
+    def stack(self, path: str) -> LoraLinear | None:
+        """The layer of this name when adapters have factors for it: for a network that is not made of modules."""
+        return self._layers.get(path)
+
     @torch.no_grad()
     def load(self, slot: int, adapter: Adapter) -> None:
         """Puts this adapter into a slot, whatever was there.

@@ -13,6 +13,7 @@ from typing import Final, Literal, cast
 import torch
 from torch import nn
 
+from workers.models.adapter_bank import AdapterBank, MaskedRows
 from workers.models.batch import Batch, KVCache
 from workers.models.chatglm import RESIDUAL_SCALE, ChatGLM, Layer
 from workers.models.config import ModelConfig
@@ -56,24 +57,29 @@ class ChatGLMWeights:
 
     @classmethod
     def from_model(
-        cls, model: ChatGLM, weights: WeightSetting = "fp16", head: WeightSetting = "fp16"
+        cls,
+        model: ChatGLM,
+        weights: WeightSetting = "fp16",
+        head: WeightSetting = "fp16",
+        device: torch.device | str = "cuda",
     ) -> ChatGLMWeights:
-        """Takes the parameters of a half-precision model on a GPU, quantizing its linear layers one by one.
+        """Takes the parameters of a half-precision model, wherever it is, to a GPU, and quantizes its linear layers there.
 
-        Each layer gives up its fp16 weights once it is quantized, so the peak is one layer above the model: the model
-        cannot be used afterwards, unless `weights` is fp16.
+        One layer after another gives up its weights, so that the GPU never holds more than one in fp16 beside the
+        quantized ones. The model keeps its modules, but cannot be run afterwards.
         """
-        if model.dtype != torch.float16 or model.device.type != "cuda":
-            raise ValueError(f"the model is {model.dtype} on {model.device}: it must be float16 on a GPU")
+        if model.dtype != torch.float16:
+            raise ValueError(f"the model is {model.dtype}: it must be float16")
 
         def norm(module: LayerNorm) -> Norm:
-            return Norm(module.weight.data, module.bias.data)
+            return Norm(module.weight.data.to(device), module.bias.data.to(device))
 
         def linear(module: nn.Module) -> LinearWeight:
             plain = cast(nn.Linear, module)
-            taken = LinearWeight.from_dense(plain.weight.data, plain.bias.data, FORMATS[weights])
-            if weights != "fp16":
-                plain.weight.data = plain.weight.data.new_empty(0)
+            taken = LinearWeight.from_dense(
+                plain.weight.data.to(device), plain.bias.data.to(device), FORMATS[weights]
+            )
+            plain.weight.data = plain.weight.data.new_empty(0)
             return taken
 
         transformer = model.transformer
@@ -88,11 +94,16 @@ class ChatGLMWeights:
             )
             for layer in cast(Sequence[Layer], transformer.layers)
         )
+        embedding = transformer.word_embeddings.weight.data.to(device)
+        is_tied = model.lm_head.weight is transformer.word_embeddings.weight
+        dense_head = embedding if is_tied else model.lm_head.weight.data.to(device)
+        for module in (transformer.word_embeddings, model.lm_head):
+            module.weight.data = module.weight.data.new_empty(0)
         return cls(
-            transformer.word_embeddings.weight.data,
+            embedding,
             layers,
             norm(transformer.final_layernorm),
-            LinearWeight.from_dense(model.lm_head.weight.data, None, FORMATS[head]),
+            LinearWeight.from_dense(dense_head, None, FORMATS[head]),
         )
 
     @classmethod
@@ -161,27 +172,47 @@ class DecodeInputs:
     """[B] int32, at least 1"""
     block_tables: torch.Tensor
     """[B, max_blocks] int32"""
+    adapter_slots: torch.Tensor | None = None
+    """[B] int64, see `Batch`"""
 
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 """(layer, fused projection [T, 3H]) -> [T, H]"""
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One forward pass over T tokens."""
+
+    num_rows: int
+    attend: Attend
+    adapter_rows: MaskedRows | None
+    is_dependent: bool
+    """Each kernel may be set up while the one before it runs. Pays where kernels are short."""
+
+
 class CudaChatGLM:
     """The network over one set of weights. Shapes: see `Batch`."""
 
+    dtype: Final = torch.float16
+
     def __init__(
-        self, config: ModelConfig, weights: ChatGLMWeights, max_positions: int | None = None
+        self,
+        config: ModelConfig,
+        weights: ChatGLMWeights,
+        max_positions: int | None = None,
+        bank: AdapterBank | None = None,
     ) -> None:
+        """bank: the adapters that a batch may ask for."""
         if config.head_dim not in cuda_ops.HEAD_DIMS or config.hidden_size % 64:
             raise ValueError(
                 f"the CUDA kernels have no heads of {config.head_dim} or width {config.hidden_size}"
             )
         self.config = config
         self.weights = weights
+        self.bank = bank
         self.device = weights.embedding.device
         self.scale = config.head_dim**-0.5
-        self._card = cuda_linear.Card.of(self.device)
         self.set_max_positions(max_positions or config.max_sequence_length)
 
     def set_max_positions(self, max_positions: int) -> None:
@@ -203,6 +234,7 @@ class CudaChatGLM:
             batch.slots,
             batch.kv_lens,
             batch.block_tables.contiguous(),
+            batch.adapter_slots,
         )
         return self.decode(inputs, cache)
 
@@ -221,7 +253,8 @@ class CudaChatGLM:
             )
             return attended.view(num_tokens, -1)
 
-        normed = self._layers(batch.token_ids, None, num_tokens, attend, is_dependent=False)
+        one = _Pass(num_tokens, attend, self._adapter_rows(batch.adapter_slots), is_dependent=False)
+        normed = self._layers(one, batch.token_ids, None)
         if not all_positions:
             normed = normed[batch.query_starts[1:].long() - 1]
         return cuda_linear.apply(self.weights.head, Activations(normed)).half
@@ -251,85 +284,89 @@ class CudaChatGLM:
             )
             return out
 
-        normed = self._layers(inputs.token_ids, inputs.token_rows, batch_size, attend, is_dependent=True)
+        one = _Pass(batch_size, attend, self._adapter_rows(inputs.adapter_slots), is_dependent=True)
+        normed = self._layers(one, inputs.token_ids, inputs.token_rows)
         return cuda_linear.apply(self.weights.head, Activations(normed), is_dependent=True).half
 
-    def _layers(
-        self,
-        token_ids: torch.Tensor,
-        token_rows: torch.Tensor | None,
-        num_rows: int,
-        attend: Attend,
-        *,
-        is_dependent: bool,
-    ) -> torch.Tensor:
+    def _layers(self, one: _Pass, token_ids: torch.Tensor, token_rows: torch.Tensor | None) -> torch.Tensor:
         """[T, H], the final norm's output."""
         layers = self.weights.layers
-        x = self._norm(
-            self.weights.embedding,
-            layers[0].input_norm,
-            layers[0].query_key_value,
-            num_rows,
-            token_ids=token_ids,
-            token_rows=token_rows,
-        )
+        x = self._embedded(one, token_ids, token_rows)
         for index, layer in enumerate(layers):
-            qkv = cuda_linear.apply(layer.query_key_value, x, is_dependent=is_dependent).half
-            attended = Activations(attend(index, qkv))
-            branch = cuda_linear.apply(layer.dense, attended, is_dependent=is_dependent).half
-            x = self._norm(
-                branch,
-                layer.post_attention_norm,
-                layer.dense_h_to_4h,
-                num_rows,
-                normed=x.half,
-                is_dependent=is_dependent,
-            )
-            inner = cuda_linear.apply(layer.dense_h_to_4h, x, has_gelu=True, is_dependent=is_dependent)
-            branch = cuda_linear.apply(layer.dense_4h_to_h, inner, is_dependent=is_dependent).half
-            is_last = index + 1 == len(layers)
-            x = self._norm(
-                branch,
-                self.weights.final_norm if is_last else layers[index + 1].input_norm,
-                self.weights.head if is_last else layers[index + 1].query_key_value,
-                num_rows,
-                normed=x.half,
-                is_dependent=is_dependent,
-            )
+            name = f"transformer.layers.{index}"
+            qkv = self._linear(one, f"{name}.attention.query_key_value", layer.query_key_value, x)
+            attended = Activations(one.attend(index, qkv.half))
+            branch = self._linear(one, f"{name}.attention.dense", layer.dense, attended)
+            x = self._normed(one, branch, x, layer.post_attention_norm, layer.dense_h_to_4h)
+            inner = self._linear(one, f"{name}.mlp.dense_h_to_4h", layer.dense_h_to_4h, x, has_gelu=True)
+            branch = self._linear(one, f"{name}.mlp.dense_4h_to_h", layer.dense_4h_to_h, inner)
+            if index + 1 == len(layers):
+                x = self._normed(one, branch, x, self.weights.final_norm, self.weights.head)
+            else:
+                following = layers[index + 1]
+                x = self._normed(one, branch, x, following.input_norm, following.query_key_value)
         return x.half
 
-    def _norm(
-        self,
-        x: torch.Tensor,
-        norm: Norm,
-        reader: LinearWeight,
-        num_rows: int,
-        *,
-        normed: torch.Tensor | None = None,
-        token_ids: torch.Tensor | None = None,
-        token_rows: torch.Tensor | None = None,
-        is_dependent: bool = False,
+    def _linear(
+        self, one: _Pass, path: str, weight: LinearWeight, x: Activations, *, has_gelu: bool = False
     ) -> Activations:
-        """The norm of x, of the scaled residual, or of embedding rows; in e4m3 too when `reader` takes it so."""
-        out = torch.empty(num_rows, self.config.hidden_size, dtype=torch.float16, device=self.device)
-        e4m3, scales = None, None
-        if cuda_linear.takes_e4m3(reader, num_rows, self._card):
-            e4m3, scales = cuda_linear.empty_e4m3(out)
+        """The layer's product, its tokens' adapters added."""
+        stack = self.bank.stack(path) if self.bank is not None and one.adapter_rows is not None else None
+        if stack is None or stack.a is None or stack.b is None or one.adapter_rows is None:
+            return cuda_linear.apply(weight, x, has_gelu=has_gelu, is_dependent=one.is_dependent)
+        y = cuda_linear.apply(weight, x, is_dependent=one.is_dependent).half
+        y = one.adapter_rows.add(y, x.half, stack.a, stack.b, stack.ranks)
+        if has_gelu:
+            cuda_ops.run_rows(y, out=y, has_gelu=True)
+        return Activations(y)
+
+    def _adapter_rows(self, slots: torch.Tensor | None) -> MaskedRows | None:
+        if slots is None or self.bank is None:
+            return None
+        return MaskedRows(slots, self.bank.num_slots)
+
+    def _embedded(self, one: _Pass, token_ids: torch.Tensor, token_rows: torch.Tensor | None) -> Activations:
+        """The first layer's norm of the tokens' embeddings."""
+        layer, table = self.weights.layers[0], self.weights.embedding
+        out = self._empty(one, layer.query_key_value)
+        # Not a dependent launch: what it looks up may have been written by the kernel before it.
         cuda_ops.run_layer_norm(
-            x,
+            table,
+            layer.input_norm.weight,
+            layer.input_norm.bias,
+            self.config.layernorm_eps,
+            out.half,
+            token_ids=token_ids,
+            token_rows=token_rows,
+            out_e4m3=out.e4m3,
+            out_scales=out.scales,
+        )
+        return out
+
+    def _normed(
+        self, one: _Pass, branch: Activations, normed: Activations, norm: Norm, reader: LinearWeight
+    ) -> Activations:
+        """The norm of the scaled residual plus the branch, in the form in which `reader` takes it."""
+        out = self._empty(one, reader)
+        cuda_ops.run_layer_norm(
+            branch.half,
             norm.weight,
             norm.bias,
             self.config.layernorm_eps,
-            out,
-            normed=normed,
+            out.half,
+            normed=normed.half,
             alpha=RESIDUAL_SCALE,
-            token_ids=token_ids,
-            token_rows=token_rows,
-            out_e4m3=e4m3,
-            out_scales=scales,
-            is_dependent=is_dependent,
+            out_e4m3=out.e4m3,
+            out_scales=out.scales,
+            is_dependent=one.is_dependent,
         )
-        return Activations(out, e4m3, scales)
+        return out
+
+    def _empty(self, one: _Pass, reader: LinearWeight) -> Activations:
+        out = torch.empty(one.num_rows, self.config.hidden_size, dtype=torch.float16, device=self.device)
+        if not cuda_linear.takes_e4m3(reader, one.num_rows):
+            return Activations(out)
+        return Activations(out, *cuda_linear.empty_e4m3(out))
 
 
 def _layer_caches(cache: KVCache) -> Iterator[cuda_ops.LayerCache]:

@@ -10,10 +10,11 @@ import ctypes
 import functools
 import hashlib
 import os
+import struct
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +24,8 @@ import torch
 
 SOURCE_FOLDER: Final = Path(__file__).parent / "cuda"
 
-_ARGUMENT_TYPES: Final = {
-    "p": ctypes.c_void_p,
-    "i": ctypes.c_int32,
-    "l": ctypes.c_int64,
-    "f": ctypes.c_float,
-}
+_STRUCT_CODES: Final = {"p": "P", "i": "i", "l": "q", "f": "f"}
+_PARAM_BUFFER_POINTER, _PARAM_BUFFER_SIZE, _PARAM_END = 1, 2, 0
 _PROGRAMMATIC_STREAM_SERIALIZATION: Final = 6
 _MAX_DYNAMIC_SHARED_SIZE_BYTES: Final = 8
 
@@ -213,28 +210,56 @@ class Kernel:
     ) -> None:
         """Puts one run into the current stream. Tensors pass their address; None passes a null pointer.
 
-        is_dependent: may be set up before the stream's previous kernel has ended (the kernel itself waits for it).
+        is_dependent: may be set up before the stream's previous kernel has ended (the kernel itself waits for it). Only one
+        thread may launch: what a launch needs is kept here and used again, because a prefill makes hundreds.
         """
+        if _collected is not None:
+            _collected.add(self)
+            return
         device = torch.cuda.current_device()
         handle = self._handles.get(device) or self._handle(device)
-        values = [
-            _ARGUMENT_TYPES[letter](value.data_ptr() if isinstance(value, torch.Tensor) else value)  # type: ignore[arg-type]
-            for letter, value in zip(self.arguments, arguments, strict=True)
-        ]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        config = _LaunchConfig()
-        config.grid[:] = [*grid, *(1,) * (3 - len(grid))]
-        config.block[:] = [self.num_threads, 1, 1]
-        config.shared_bytes = self.shared_bytes
-        config.stream = torch.cuda.current_stream().cuda_stream
-        if is_dependent:
-            attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION)
-            attribute.value[0] = 1
-            config.attributes = ctypes.pointer(attribute)
-            config.num_attributes = 1
-        code = _driver().cuLaunchKernelEx(ctypes.byref(config), handle, pointers, None)
+        packed = self._packed
+        packed.values.pack_into(
+            packed.buffer,
+            0,
+            *[
+                value.data_ptr() if isinstance(value, torch.Tensor) else 0 if value is None else value
+                for value in arguments
+            ],
+        )
+        config = packed.config
+        config.grid[: len(grid)] = grid
+        config.stream = torch._C._cuda_getCurrentRawStream(device)
+        config.num_attributes = is_dependent
+        code = _driver().cuLaunchKernelEx(packed.config_pointer, handle, None, packed.extra)
         if code:
             _check(code, f"launch of {self.function} with a grid of {tuple(grid)}")
+
+    @functools.cached_property
+    def _packed(self) -> _Packed:
+        return _Packed(self.arguments, self.num_threads, self.shared_bytes)
+
+
+class _Packed:
+    """What a launch hands to the driver: the arguments in one buffer, as the kernel's parameters are laid out."""
+
+    def __init__(self, arguments: str, num_threads: int, shared_bytes: int) -> None:
+        self.values = struct.Struct("@" + "".join(_STRUCT_CODES[letter] for letter in arguments))
+        self.buffer = ctypes.create_string_buffer(self.values.size)
+        self._size = ctypes.c_size_t(self.values.size)
+        self.extra = (ctypes.c_void_p * 5)(
+            _PARAM_BUFFER_POINTER,
+            ctypes.addressof(self.buffer),
+            _PARAM_BUFFER_SIZE,
+            ctypes.addressof(self._size),
+            _PARAM_END,
+        )
+        self._attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION)
+        self._attribute.value[0] = 1
+        self.config = _LaunchConfig(shared_bytes=shared_bytes, attributes=ctypes.pointer(self._attribute))
+        self.config.grid[:] = (1, 1, 1)
+        self.config.block[:] = (num_threads, 1, 1)
+        self.config_pointer = ctypes.byref(self.config)
 
 
 def build_all(kernels: Iterable[Kernel], device: torch.device) -> None:
@@ -244,3 +269,19 @@ def build_all(kernels: Iterable[Kernel], device: torch.device) -> None:
         list(pool.map(lambda kernel: kernel.build(device), chosen))
     for kernel in chosen:
         kernel.load(device)
+
+
+_collected: set[Kernel] | None = None
+
+
+@contextlib.contextmanager
+def collect_launches() -> Iterator[set[Kernel]]:
+    """Within it nothing is launched: the set receives the kernels that would have been, to be built together."""
+    global _collected  # noqa: PLW0603  (a mode of this module, like torch's grad mode; only one thread launches)
+    if _collected is not None:
+        raise RuntimeError("launches are collected already")
+    _collected = set()
+    try:
+        yield _collected
+    finally:
+        _collected = None

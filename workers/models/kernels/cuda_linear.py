@@ -7,7 +7,7 @@ Knows shapes and formats, and which way is fastest for which batch; knows nothin
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 import torch
@@ -20,6 +20,10 @@ Format = Literal["INT4", "INT8", "E4M3", "F16"]
 
 MAX_SHARED_BYTES: Final = 227 * 1024
 E4M3_MAX: Final = 448.0
+MAX_ROWS: Final = 128
+"""Of the largest plan."""
+MAX_PASSES: Final = 2
+"""So many passes over packed weights are still faster than widening them in memory first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,14 @@ def run_linear(
     kernel = linear_kernel(plan, weight_format, out.shape[1], x.shape[1], bias is not None, has_gelu)
     grid = linear_grid(plan, out.shape[1])
     kernel.launch(grid, weight, scales, bias, x, out, x.shape[0], is_dependent=is_dependent)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A build with the grid that it runs in, for one layer and up to so many rows."""
+
+    kernel: Kernel
+    grid: tuple[int, ...]
 
 
 # --- which build for which batch -------------------------------------------------------------------------------------
@@ -234,6 +246,23 @@ class LinearWeight:
     """[out] fp16"""
     out_features: int
     in_features: int
+    _launches: dict[tuple[int, bool], Launch | None] = field(default_factory=dict, compare=False, repr=False)
+
+    def launch(self, num_rows: int, *, has_gelu: bool) -> Launch | None:
+        """How a batch of this size runs in one go; None: not with the kernels of `cuda/linear*.cu`."""
+        key = (min(num_rows, MAX_ROWS + 1), has_gelu)
+        if key not in self._launches:
+            shape = (self.out_features, self.in_features)
+            plan = plan_for(self.weight_format, *shape, key[0], Card.of(self.weight.device))
+            self._launches[key] = (
+                plan
+                if plan is None
+                else Launch(
+                    linear_kernel(plan, self.weight_format, *shape, self.bias is not None, has_gelu),
+                    linear_grid(plan, self.out_features),
+                )
+            )
+        return self._launches[key]
 
     @classmethod
     def from_dense(
@@ -288,14 +317,9 @@ def empty_e4m3(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def takes_e4m3(weight: LinearWeight, num_rows: int, card: Card) -> bool:
+def takes_e4m3(weight: LinearWeight, num_rows: int) -> bool:
     """Whether `apply` runs this batch on the e4m3 matrix units."""
-    shape = (weight.out_features, weight.in_features)
-    return weight.weight_format == "E4M3" and plan_for("E4M3", *shape, num_rows, card) is None
-
-
-MAX_PASSES: Final = 2
-"""So many passes of the largest plan over the weights are still faster than widening them in memory first."""
+    return weight.weight_format == "E4M3" and weight.launch(num_rows, has_gelu=False) is None
 
 
 def apply(
@@ -303,25 +327,24 @@ def apply(
 ) -> Activations:
     """y[M, N], through GELU if asked. With the e4m3 units, GELU's result is left in e4m3 alone."""
     num_rows, (out_features, in_features) = x.half.shape[0], (weight.out_features, weight.in_features)
-    card = Card.of(weight.weight.device)
-    if takes_e4m3(weight, num_rows, card):
+    if takes_e4m3(weight, num_rows):
         return _apply_e4m3(weight, x, has_gelu=has_gelu)
-    step, plan = num_rows, plan_for(weight.weight_format, out_features, in_features, num_rows, card)
-    if plan is None and weight.weight_format in ("INT4", "INT8") and num_rows <= MAX_PASSES * 128:
-        step = 128
-        plan = plan_for(weight.weight_format, out_features, in_features, step, card)
+    step, launch = num_rows, weight.launch(num_rows, has_gelu=has_gelu)
+    if launch is None and weight.weight_format in ("INT4", "INT8") and num_rows <= MAX_PASSES * MAX_ROWS:
+        step = MAX_ROWS
+        launch = weight.launch(step, has_gelu=has_gelu)
     out = torch.empty(num_rows, out_features, dtype=torch.float16, device=x.half.device)
-    if plan is not None:
+    if launch is not None:
         for begin in range(0, num_rows, step):
-            run_linear(
-                plan,
-                weight.weight_format,
-                x.half[begin : begin + step],
+            part = x.half[begin : begin + step] if step < num_rows else x.half
+            launch.kernel.launch(
+                launch.grid,
                 weight.weight,
                 weight.scales,
                 weight.bias,
-                out[begin : begin + step],
-                has_gelu=has_gelu,
+                part,
+                out[begin : begin + step] if step < num_rows else out,
+                len(part),
                 is_dependent=is_dependent,
             )
         return Activations(out)

@@ -30,18 +30,8 @@ DEVICE void load_vector(const void* cache, i64 vector, int lane, uint4 (&out)[VE
 }
 
 DEVICE void widen(const uint4 (&in)[VECTORS], float (&out)[16]) {
-#if KV_INT8
-    const u32 words[4] = {in[0].x, in[0].y, in[0].z, in[0].w};
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        u32 low, high;
-        dequantize_int8(words[i] ^ 0x80808080u, low, high);
-        const float2 a = to_float2(low), b = to_float2(high);
-        out[i * 4] = a.x, out[i * 4 + 1] = a.y, out[i * 4 + 2] = b.x, out[i * 4 + 3] = b.y;
-    }
-#else
-#pragma unroll
-    for (int v = 0; v < 2; v++) {
+    for (int v = 0; v < VECTORS; v++) {
         const u32 words[4] = {in[v].x, in[v].y, in[v].z, in[v].w};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -49,35 +39,131 @@ DEVICE void widen(const uint4 (&in)[VECTORS], float (&out)[16]) {
             out[v * 8 + i * 2] = pair.x, out[v * 8 + i * 2 + 1] = pair.y;
         }
     }
-#endif
 }
+
+// This lane's 16 values of the query, ready for dot products with keys.
+#if KV_INT8
+// In 16-bit fixed point, high and low bytes apart: value = (256 high + low) * unit. Products with int8 keys are exact.
+struct Query {
+    u32 high[4], low[4];
+    float unit;
+};
+
+DEVICE Query prepare(const float (&q)[16]) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int e = 0; e < 16; e++) largest = fmaxf(largest, fabsf(q[e]));
+#pragma unroll
+    for (int offset = LANES / 2; offset > 0; offset /= 2)
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+    Query out = {{}, {}, fmaxf(largest, 1e-30f) / 32512.0f};
+#pragma unroll
+    for (int e = 0; e < 16; e++) {
+        const int fixed = __float2int_rn(q[e] / out.unit);
+        const int low = (signed char)fixed;
+        out.low[e / 4] |= (u32)(low & 0xff) << e % 4 * 8;
+        out.high[e / 4] |= (u32)((fixed - low) >> 8 & 0xff) << e % 4 * 8;
+    }
+    return out;
+}
+
+DEVICE int dot_bytes(u32 a, u32 b, int sum) {
+    int out;
+    asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(sum));
+    return out;
+}
+
+DEVICE float dot(const Query& q, const uint4 (&key)[VECTORS]) {
+    const u32 words[4] = {key[0].x, key[0].y, key[0].z, key[0].w};
+    int high = 0, low = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) high = dot_bytes(words[i], q.high[i], high), low = dot_bytes(words[i], q.low[i], low);
+    int sum = high * 256 + low;
+#pragma unroll
+    for (int offset = LANES / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    return (float)sum * q.unit;
+}
+#else
+struct Query {
+    float value[16];
+};
+
+DEVICE Query prepare(const float (&q)[16]) {
+    Query out;
+#pragma unroll
+    for (int e = 0; e < 16; e++) out.value[e] = q[e];
+    return out;
+}
+
+DEVICE float dot(const Query& q, const uint4 (&key)[VECTORS]) {
+    float value[16], sum = 0.0f;
+    widen(key, value);
+#pragma unroll
+    for (int e = 0; e < 16; e++) sum += q.value[e] * value[e];
+#pragma unroll
+    for (int offset = LANES / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    return sum;
+}
+#endif
 
 struct State {
     float maximum, sum, out[16];
 };
 
-// Adds the weighted values of up to COUNT keys with these scores (in powers of two) to a group's state.
+// Adds the weighted values of up to COUNT keys with these scores (in powers of two) to a group's state. Values are
+// value_scales * what is stored; a scale of 0 marks a key that is not there.
 template <int COUNT>
-DEVICE void accumulate(State& state, const float (&scores)[COUNT], const bool (&valid)[COUNT], const float (&weights)[COUNT],
-                       const uint4 (&values)[COUNT][VECTORS]) {
+DEVICE void accumulate(State& state, const float (&scores)[COUNT], const bool (&valid)[COUNT],
+                       const float (&value_scales)[COUNT], const uint4 (&values)[COUNT][VECTORS]) {
     float maximum = state.maximum;
 #pragma unroll
     for (int u = 0; u < COUNT; u++) maximum = fmaxf(maximum, scores[u]);
     const float rescale = exp2_fast(state.maximum - maximum);
     state.maximum = maximum;
     state.sum *= rescale;
+    float weights[COUNT];
+#pragma unroll
+    for (int u = 0; u < COUNT; u++) {
+        weights[u] = valid[u] ? exp2_fast(scores[u] - maximum) : 0.0f;
+        state.sum += weights[u];
+    }
+#if KV_INT8
+    // The sum over these few keys is made in fp16 pairs, relative to the largest scale, and then added in fp32.
+    float largest = 1e-30f;
+#pragma unroll
+    for (int u = 0; u < COUNT; u++) largest = fmaxf(largest, value_scales[u]);
+    const float inverse = 1.0f / largest;
+    u32 sums[8] = {};
+#pragma unroll
+    for (int u = 0; u < COUNT; u++) {
+        const float weight = weights[u] * (value_scales[u] * inverse);
+        const u32 pair = to_half2(weight, weight);
+        const u32 words[4] = {values[u][0].x, values[u][0].y, values[u][0].z, values[u][0].w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            u32 low, high;
+            dequantize_int8(words[i] ^ 0x80808080u, low, high);
+            sums[i * 2] = fma_half2(low, pair, sums[i * 2]);
+            sums[i * 2 + 1] = fma_half2(high, pair, sums[i * 2 + 1]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const float2 sum = to_float2(sums[i]);
+        state.out[i * 2] = state.out[i * 2] * rescale + sum.x * largest;
+        state.out[i * 2 + 1] = state.out[i * 2 + 1] * rescale + sum.y * largest;
+    }
+#else
 #pragma unroll
     for (int e = 0; e < 16; e++) state.out[e] *= rescale;
 #pragma unroll
     for (int u = 0; u < COUNT; u++) {
-        const float p = valid[u] ? exp2_fast(scores[u] - maximum) : 0.0f;
         float value[16];
         widen(values[u], value);
-        state.sum += p;
-        const float weight = p * weights[u];
 #pragma unroll
-        for (int e = 0; e < 16; e++) state.out[e] += weight * value[e];
+        for (int e = 0; e < 16; e++) state.out[e] += weights[u] * value[e];
     }
+#endif
 }
 
 DEVICE void merge(State& state, float maximum, float sum, const float (&out)[16]) {
@@ -133,7 +219,7 @@ attend_decode(const u16* input, const float* __restrict__ cos_table, const float
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
             const int key = from + u * GROUPS + group;
-            key_scale[u] = value_scale[u] = 1.0f;
+            key_scale[u] = value_scale[u] = KV_INT8 ? 0.0f : 1.0f;
 #pragma unroll
             for (int v = 0; v < VECTORS; v++) key_data[u][v] = value_data[u][v] = make_uint4(0, 0, 0, 0);
             if (key < cached_end) {
@@ -183,7 +269,18 @@ attend_decode(const u16* input, const float* __restrict__ cos_table, const float
     float q[16];
 #pragma unroll
     for (int e = 0; e < 16; e++) q[e] = query[dimension(group_lane, e)] * (scale * 1.4426950408889634f);
+    const Query prepared = prepare(q);
     State state = {NOTHING, 0.0f, {}};
+    if (has_newest && warp == 0) {
+        float score = 0.0f, value[16];
+#pragma unroll
+        for (int e = 0; e < 16; e++) score += q[e] * new_key[dimension(group_lane, e)];
+#pragma unroll
+        for (int offset = LANES / 2; offset > 0; offset /= 2) score += __shfl_xor_sync(0xffffffffu, score, offset);
+#pragma unroll
+        for (int e = 0; e < 16; e++) value[e] = new_value[dimension(group_lane, e)];
+        if (group == 0) merge(state, score, 1.0f, value);
+    }
 
     for (int from = begin; from < cached_end; from += GROUPS * UNROLL) {
         if (from != begin) fetch(from);
@@ -191,28 +288,12 @@ attend_decode(const u16* input, const float* __restrict__ cos_table, const float
         bool valid[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            float key[16], dot = 0.0f;
-            widen(key_data[u], key);
-#pragma unroll
-            for (int e = 0; e < 16; e++) dot += q[e] * key[e];
-#pragma unroll
-            for (int offset = LANES / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
             valid[u] = from + u * GROUPS + group < cached_end;
-            scores[u] = valid[u] ? dot * key_scale[u] : NOTHING;
+            const float score = dot(prepared, key_data[u]) * key_scale[u];
+            scores[u] = valid[u] ? score : NOTHING;
         }
         accumulate<UNROLL>(state, scores, valid, value_scale, value_data);
     }
-    if (has_newest && warp == 0) {
-        float dot = 0.0f, value[16];
-#pragma unroll
-        for (int e = 0; e < 16; e++) dot += q[e] * new_key[dimension(group_lane, e)];
-#pragma unroll
-        for (int offset = LANES / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
-#pragma unroll
-        for (int e = 0; e < 16; e++) value[e] = new_value[dimension(group_lane, e)];
-        if (group == 0) merge(state, dot, 1.0f, value);
-    }
-
     // Groups of a warp, then warps.
 #pragma unroll
     for (int offset = LANES; offset < WARP; offset *= 2) {

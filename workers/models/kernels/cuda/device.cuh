@@ -40,6 +40,12 @@ DEVICE u32 sub_half2(u32 a, u32 b) {
     return c;
 }
 
+DEVICE u32 fma_half2(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
 DEVICE float bfloat_to_float(u16 bits) { return __uint_as_float((u32)bits << 16); }
 
 // (a & b) | c in one instruction.

@@ -12,14 +12,28 @@
 constexpr int THREADS = 1024;
 constexpr int VECTORS = VOCABULARY / 8;
 constexpr int MAX_CANDIDATES = 2048;
-constexpr u32 NEVER = 0;
+constexpr u32 LOWEST = 0xfbff;  // -65504
 
 static_assert(VOCABULARY % 8 == 0);
 
-// Orders fp16 as unsigned integers; 0 stands below every finite number.
+// Orders fp16 as unsigned integers.
 DEVICE u32 order_of(u16 bits) { return bits & 0x8000 ? (u16)~bits : bits | 0x8000; }
 
 DEVICE float score_of(u32 order) { return to_float(order & 0x8000 ? (u16)(order & 0x7fff) : (u16)~order); }
+
+DEVICE u32 max_half2(u32 a, u32 b) {
+    u32 c;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+
+DEVICE u32 max_half2_or_nan(u32 a, u32 b) {
+    u32 c;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+
+DEVICE u32 order_of_largest(u32 pair) { return max(order_of((u16)pair), order_of((u16)(pair >> 16))); }
 
 DEVICE u64 mix(u64 x) {
     x += 0x9e3779b97f4a7c15ull;
@@ -31,6 +45,24 @@ DEVICE u64 mix(u64 x) {
 DEVICE u16 half_of(const uint4& v, int i) {
     const u32 word = i < 2 ? v.x : i < 4 ? v.y : i < 6 ? v.z : v.w;
     return (u16)(word >> i % 2 * 16);
+}
+
+// A falling score, then a rising id, as one number that falls.
+DEVICE u64 composite_of(u32 order, int id) { return (u64)order << 32 | (u32)~id; }
+
+// Several loads of a thread are under way at the same time: one block has to draw on much of the memory's bandwidth.
+template <typename Visit>
+DEVICE void for_each_vector(const uint4* scores, Visit visit) {
+    constexpr int BATCH = 8;
+    for (int base = threadIdx.x; base < VECTORS; base += THREADS * BATCH) {
+        uint4 vectors[BATCH];
+#pragma unroll
+        for (int b = 0; b < BATCH; b++)
+            if (base + b * THREADS < VECTORS) vectors[b] = scores[base + b * THREADS];
+#pragma unroll
+        for (int b = 0; b < BATCH; b++)
+            if (base + b * THREADS < VECTORS) visit(vectors[b], base + b * THREADS);
+    }
 }
 
 // Inclusive prefix sum over a warp.
@@ -52,8 +84,7 @@ sample(const u16* logits, const float* __restrict__ temperatures, const int* __r
     __shared__ u64 candidates[MAX_CANDIDATES];
     __shared__ float sorted[MAX_CANDIDATES];
     __shared__ int sorted_ids[MAX_CANDIDATES];
-    __shared__ u64 warp_best[THREADS / WARP];
-    __shared__ int num_found, chosen;
+    __shared__ int num_found, num_reached, chosen;
     const int row = blockIdx.x, lane = threadIdx.x % WARP;
     const float temperature = temperatures[row];
     const bool may_not_end = token_indexes[row] < min_new_tokens[row];
@@ -61,77 +92,100 @@ sample(const u16* logits, const float* __restrict__ temperatures, const int* __r
     wait_for_previous_kernel();
 
     const uint4* scores = reinterpret_cast<const uint4*>(logits + (i64)row * VOCABULARY);
-    const auto order_at = [&](const uint4& vector, int first, int i) -> u32 {
-        const int id = first + i;
-        if (id < FIRST_ID || id >= END_ID || (id == EOS_ID && may_not_end)) return NEVER;
-        return order_of(half_of(vector, i));
+    const auto can_be_chosen = [&](int id) {
+        return id >= FIRST_ID && id < END_ID && !(id == EOS_ID && may_not_end);
     };
-    // The largest of this thread's share: order, then the smaller id.
-    u64 best = 0;
-    bool is_invalid = false;
-    for (int v = threadIdx.x; v < VECTORS; v += THREADS) {
-        const uint4 vector = scores[v];
+    // Ids that cannot be chosen get the lowest finite score; few vectors hold one.
+    const auto masked = [&](uint4 vector, int v) {
+        if (v * 8 < FIRST_ID || v * 8 + 8 > END_ID || v == EOS_ID / 8) {
+            u32 words[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int id = v * 8 + i;
-            const u32 order = order_at(vector, v * 8, i);
-            is_invalid |= id >= FIRST_ID && id < END_ID && (half_of(vector, i) & 0x7c00) == 0x7c00;
-            const u64 composite = (u64)order << 32 | (u32)~id;
-            best = order != NEVER && composite > best ? composite : best;
+            for (int i = 0; i < 8; i++)
+                if (!can_be_chosen(v * 8 + i)) words[i / 2] = words[i / 2] & ~(0xffffu << i % 2 * 16) | LOWEST << i % 2 * 16;
+            vector = make_uint4(words[0], words[1], words[2], words[3]);
         }
-    }
-    int token = FIRST_ID + INVALID_TOKEN;
-    if (__syncthreads_or(is_invalid)) {
-        // keeps `token`
-    } else if (temperature == 0.0f) {
-#pragma unroll
-        for (int offset = WARP / 2; offset > 0; offset /= 2) {
-            const u64 other = __shfl_xor_sync(0xffffffffu, best, offset);
-            best = other > best ? other : best;
-        }
-        if (lane == 0) warp_best[threadIdx.x / WARP] = best;
+        return vector;
+    };
+    const auto largest_of = [&](const uint4& vector) {
+        return max_half2(max_half2(vector.x, vector.y), max_half2(vector.z, vector.w));
+    };
+
+    // The largest of this thread's share, and the largest magnitude (NaN counts as such).
+    u32 largest = LOWEST | LOWEST << 16, magnitude = 0;
+    for_each_vector(scores, [&](const uint4& raw, int v) {
+        const uint4 vector = masked(raw, v);
+        largest = max_half2(largest, largest_of(vector));
+        magnitude = max_half2_or_nan(magnitude, max_half2_or_nan(max_half2_or_nan(vector.x & 0x7fff7fff, vector.y & 0x7fff7fff),
+                                                                 max_half2_or_nan(vector.z & 0x7fff7fff, vector.w & 0x7fff7fff)));
+    });
+    const bool is_invalid = (magnitude & 0x7c00u) == 0x7c00u || (magnitude & 0x7c000000u) == 0x7c000000u;
+    const u32 own = order_of_largest(largest);
+
+    const auto collect = [&](u64 bound) {
         __syncthreads();
-        for (int w = 0; w < THREADS / WARP; w++) best = warp_best[w] > best ? warp_best[w] : best;
-        token = (int)~(u32)best;
-    } else {
-        const int top_k = max(1, min(top_ks[row], END_ID - FIRST_ID));
-        // The top_k-th largest of the threads' bests, bit by bit.
-        const u32 own = (u32)(best >> 32);
+        if (threadIdx.x == 0) num_found = 0;
+        __syncthreads();
+        for_each_vector(scores, [&](const uint4& raw, int v) {
+            if (order_of_largest(largest_of(masked(raw, v))) < (u32)(bound >> 32)) return;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const u64 composite = composite_of(order_of(half_of(raw, i)), v * 8 + i);
+                if (can_be_chosen(v * 8 + i) && composite >= bound) {
+                    const int place = atomicAdd(&num_found, 1);
+                    if (place < MAX_CANDIDATES) candidates[place] = composite;
+                }
+            }
+        });
+        __syncthreads();
+    };
+    int token = FIRST_ID + INVALID_TOKEN;
+    if (!__syncthreads_or(is_invalid)) {
+        const bool is_greedy = temperature == 0.0f;
+        const int top_k = is_greedy ? 1 : max(1, min(top_ks[row], END_ID - FIRST_ID));
+        // The top_k-th largest of the threads' largest, bit by bit.
         u32 floor = 0;
         for (int bit = 15; bit >= 0; bit--) {
             const u32 trial = floor | 1u << bit;
             if (__syncthreads_count(own >= trial) >= top_k) floor = trial;
         }
-        if (threadIdx.x == 0) num_found = 0;
-        __syncthreads();
-        floor = floor > 0 ? floor : 1;
-        for (int v = threadIdx.x; v < VECTORS; v += THREADS) {
-            const uint4 vector = scores[v];
+        collect((u64)floor << 32);
+        if (num_found > MAX_CANDIDATES) {
+            // Many equal scores: the best MAX_CANDIDATES of all, their bound found bit by bit. Rare, and slow.
+            u64 bound = 0;
+            for (int bit = 47; bit >= 0; bit--) {
+                const u64 trial = bound | 1ull << bit;
+                int reached = 0;
+                for_each_vector(scores, [&](const uint4& raw, int v) {
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const u32 order = order_at(vector, v * 8, i);
-                if (order >= floor) {
-                    const int place = atomicAdd(&num_found, 1);
-                    if (place < MAX_CANDIDATES) candidates[place] = (u64)order << 32 | (u32) ~(v * 8 + i);
-                }
+                    for (int i = 0; i < 8; i++)
+                        reached += can_be_chosen(v * 8 + i) && composite_of(order_of(half_of(raw, i)), v * 8 + i) >= trial;
+                });
+                __syncthreads();
+                if (threadIdx.x == 0) num_reached = 0;
+                __syncthreads();
+                atomicAdd(&num_reached, reached);
+                __syncthreads();
+                if (num_reached >= MAX_CANDIDATES) bound = trial;
             }
+            collect(bound);
         }
-        __syncthreads();
         const int count = min(num_found, MAX_CANDIDATES);
         for (int c = threadIdx.x; c < count; c += THREADS) {
             const u64 mine = candidates[c];
             int rank = 0;
             for (int other = 0; other < count; other++) rank += candidates[other] > mine;
-            sorted[rank] = score_of((u32)(mine >> 32)) / temperature;
+            sorted[rank] = score_of((u32)(mine >> 32)) / (is_greedy ? 1.0f : temperature);
             sorted_ids[rank] = (int)~(u32)mine;
         }
         __syncthreads();
-        if (threadIdx.x < WARP) {
+        if (is_greedy) {
+            if (threadIdx.x == 0) chosen = sorted_ids[0];
+        } else if (threadIdx.x < WARP) {
             // Top-k keeps every score that equals the k-th.
-            const float least = sorted[min(top_k, count) - 1], largest = sorted[0];
+            const float least = sorted[min(top_k, count) - 1], best = sorted[0];
             double total = 0.0;
             for (int c = lane; c < count; c += WARP)
-                if (sorted[c] >= least) total += (double)__expf(sorted[c] - largest);
+                if (sorted[c] >= least) total += (double)__expf(sorted[c] - best);
 #pragma unroll
             for (int offset = WARP / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
             // Top-p keeps what comes before its share is reached; then the draw falls among what is kept.
@@ -145,7 +199,7 @@ sample(const u16* logits, const float* __restrict__ temperatures, const int* __r
                 int found = 0;
                 for (int base = 0; base < count; base += WARP) {
                     const int c = base + lane;
-                    const double p = c < count && sorted[c] >= least ? (double)__expf(sorted[c] - largest) : 0.0;
+                    const double p = c < count && sorted[c] >= least ? (double)__expf(sorted[c] - best) : 0.0;
                     const double after = carry + warp_scan(p, lane);
                     const bool is_kept = p > 0.0 && (after - p < limit || c == 0);
                     if (pass == 0) {
