@@ -6,15 +6,16 @@ A claimed request gets its prompt and goes to the engine. Knows Celery only as t
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from redis.exceptions import RedisError
+from structlog.contextvars import bound_contextvars
 
 from producer.contract import (
+    ConversationBusy,
     Failed,
     IdempotencyConflict,
     InvalidRequest,
@@ -25,6 +26,8 @@ from producer.contract import (
 from producer.ledger import Claim, Ledger, calls
 from workers.engine.client import EngineDied
 from workers.engine.messages import Generate
+from workers.logs import get_logger
+from workers.metrics import Metrics
 from workers.pool import Ticket
 from workers.prompts import Prompts, Refusal
 from workers.publisher import Publisher
@@ -32,7 +35,7 @@ from workers.running import RELEASED, AnswerDetokenizer, RunningRequest, Running
 from workers.settings import WorkerSettings
 from workers.tasks import carries_request, request_of
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 NewDetokenizer = Callable[[Sequence[str], Sequence[int]], AnswerDetokenizer]
 """From stop strings and the ids that were emitted already."""
@@ -51,6 +54,7 @@ class Claims:
         generate: Callable[[Generate], None],
         new_detokenizer: NewDetokenizer,
         end_id: int,
+        metrics: Metrics,
     ) -> None:
         self._ledger = ledger
         self._running = running
@@ -59,6 +63,7 @@ class Claims:
         self._generate = generate
         self._new_detokenizer = new_detokenizer
         self._end_id = end_id
+        self._metrics = metrics
         self._sequence_ids = itertools.count(1)
         self._slots = settings.slots
         self._prompts: Prompts | None = None
@@ -86,6 +91,7 @@ class Claims:
     # --- from any thread --------------------------------------------------------------------------------------------
 
     def take(self, ticket: Ticket) -> None:
+        self._metrics.on_ticket(ticket.task_name)
         with self._wake:
             (self._arrived if carries_request(ticket.task_name) else self._tickets).append(ticket)
             self._wake.notify()
@@ -176,20 +182,29 @@ class Claims:
         try:
             request = request_of(ticket.task_name, ticket.args, ticket.kwargs, model=model)
             self._ledger.run(
-                calls.submit(request, model=model, request_id=request_id, retention_seconds=retention)
+                calls.submit(
+                    request,
+                    model=model,
+                    request_id=request_id,
+                    retention_seconds=retention,
+                    conversation_seconds=self._settings.queue.conversation_seconds,
+                )
             )
-        except InvalidRequest as error:
-            logger.info("request %s: refused, %s: %s", request_id, error.field, error.problem)
-            failed = Failed(code="invalid_request", message=str(error))
+        except (InvalidRequest, ConversationBusy) as error:
+            code = "invalid_request" if isinstance(error, InvalidRequest) else error.code
+            self._metrics.on_task_refused(code)
+            logger.info("refused", request_id=request_id, code=code)
+            failed = Failed(code=code, message=str(error))
             try:
                 self._ledger.run(
                     calls.refuse(request_id, ticket.kwargs, failed, model=model, retention_seconds=retention)
                 )
             except InvalidRequest:
-                logger.warning("task id %r cannot be a request id: nobody can be told", request_id)
+                logger.warning("the task's id cannot be a request's: nobody can be told", task_id=request_id)
             return False
         except IdempotencyConflict:
-            logger.warning("request %s: exists already, with another body; this one is dropped", request_id)
+            self._metrics.on_task_refused("idempotency_conflict")
+            logger.warning("exists already, with another body: this one is dropped", request_id=request_id)
             return False
         return True
 
@@ -244,7 +259,7 @@ class Claims:
             except UnknownRequest:
                 continue
             if status.state == "running" and status.worker == worker_id:
-                logger.info("request %s: claimed without knowing it; released", request_id)
+                logger.info("claimed without knowing it: released", request_id=request_id)
                 self._ledger.run(calls.release(request_id, status.attempt))
 
     def _begin(self, claim: Claim, ticket: Ticket | None) -> None:
@@ -257,18 +272,21 @@ class Claims:
             token_ids=list(claim.emitted_ids),
             texts=list(claim.emitted_texts),
             num_published=len(claim.emitted_ids),
+            num_emitted_before=len(claim.emitted_ids),
         )
         if claim.deadline_seconds is not None:
             running.deadline = running.claimed + claim.deadline_seconds
         self._running.add(running)
+        self._metrics.on_claim(running)
         try:
-            self._hand_over(running, claim)
+            with bound_contextvars(request_id=claim.request_id):
+                self._hand_over(running, claim)
         except Refusal as refusal:
             self._publisher.end(running, Failed(code=refusal.code, message=refusal.message))
         except InvalidRequest as error:
             self._publisher.end(running, Failed(code="invalid_request", message=str(error)))
         except Exception:  # one request is a boundary
-            logger.exception("request %s: could not be begun", claim.request_id)
+            logger.exception("could not be begun", request_id=claim.request_id)
             message = (
                 "The worker could not begin it; its log says why. Submit it again once that is repaired."
             )
@@ -281,8 +299,19 @@ class Claims:
             self._publisher.end(running, RELEASED)
             return
         request = decode_request(claim.request)
+        running.tenant, running.kind, running.adapter = request.tenant, request.kind, request.adapter
         prompt = prompts.build(request)
         running.prompt_len = len(prompt.ids)
+        running.max_new_tokens = prompt.sampling.max_new_tokens
+        logger.debug(
+            "claimed",
+            attempt=running.attempt,
+            kind=running.kind,
+            tenant=running.tenant,
+            prompt_tokens=running.prompt_len,
+            queue_seconds=round(running.queue_seconds, 3),
+            **(_text_of(request) if self._settings.log_text else {}),
+        )
         running.detokenizer = self._new_detokenizer(request.sampling.stop, claim.emitted_ids)
         if claim.emitted_ids:
             # An earlier attempt may have said everything and died before it could say so.
