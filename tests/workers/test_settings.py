@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from producer.contract import InvalidSetting
-from workers.settings import WorkerSettings
+from workers.settings import WorkerSettings, named_folders
 
 REDIS = {"REDIS_URL": "redis://somewhere:6379/0"}
 
@@ -56,3 +56,50 @@ def test_a_bad_value_is_refused_by_the_name_of_its_variable(variable: str, value
 
     assert refused.value.name == variable
     assert variable in str(refused.value)
+
+
+def test_adapters_are_named_folders(tmp_path: Path) -> None:
+    for name in ("fitness", "law", "all"):
+        (tmp_path / name).mkdir()
+    environ = {
+        **REDIS,
+        "GLMQ_ADAPTERS": f"fitness={tmp_path}/fitness, law={tmp_path}/law,",
+        "GLMQ_ADAPTERS_DIR": f"{tmp_path}/all",
+        "GLMQ_MAX_ADAPTERS": "3",
+        "GLMQ_MAX_ADAPTER_RANK": "16",
+        "GLMQ_MERGE_ADAPTER": "off",
+    }
+
+    settings = WorkerSettings.from_environ(environ)
+
+    assert settings.adapters == (("fitness", tmp_path / "fitness"), ("law", tmp_path / "law"))
+    assert settings.adapters_dir == tmp_path / "all"
+    assert (settings.max_adapters, settings.max_adapter_rank, settings.merge_adapter) == (3, 16, False)
+    assert named_folders(["a=b=c"]) == (("a", Path("b=c")),)
+
+
+@pytest.mark.parametrize(
+    ("environ", "variable"),
+    [
+        ({"GLMQ_ADAPTERS": "fitness"}, "GLMQ_ADAPTERS"),
+        ({"GLMQ_ADAPTERS": "fitness="}, "GLMQ_ADAPTERS"),
+        ({"GLMQ_ADAPTERS": "my fitness=/"}, "GLMQ_ADAPTERS"),
+        ({"GLMQ_ADAPTERS": "a=/,a=/"}, "GLMQ_ADAPTERS"),
+        ({"GLMQ_ADAPTERS": "a=/no/such/folder"}, "GLMQ_ADAPTERS"),
+        ({"GLMQ_ADAPTERS_DIR": "/no/such/folder"}, "GLMQ_ADAPTERS_DIR"),
+        ({"GLMQ_MAX_ADAPTERS": "-1"}, "GLMQ_MAX_ADAPTERS"),
+        ({"GLMQ_MAX_ADAPTERS": "1", "GLMQ_ADAPTERS": "a=/,b=/"}, "GLMQ_MAX_ADAPTERS"),
+        ({"GLMQ_MAX_ADAPTER_RANK": "0"}, "GLMQ_MAX_ADAPTER_RANK"),
+        ({"GLMQ_MERGE_ADAPTER": "perhaps"}, "GLMQ_MERGE_ADAPTER"),
+        ({"GLMQ_MERGE_ADAPTER": "1"}, "GLMQ_MERGE_ADAPTER"),
+        ({"GLMQ_MERGE_ADAPTER": "1", "GLMQ_ADAPTERS": "a=/,b=/"}, "GLMQ_MERGE_ADAPTER"),
+        ({"GLMQ_MERGE_ADAPTER": "1", "GLMQ_ADAPTERS": "a=/", "GLMQ_ADAPTERS_DIR": "/"}, "GLMQ_MERGE_ADAPTER"),
+    ],
+)
+def test_adapters_that_cannot_be_served_are_refused_by_the_name_of_their_variable(
+    environ: dict[str, str], variable: str
+) -> None:
+    with pytest.raises(InvalidSetting) as refused:
+        WorkerSettings.from_environ({**REDIS, **environ})
+
+    assert refused.value.name == variable
