@@ -30,9 +30,9 @@ from producer.ledger.ledger import raise_unavailable
 
 REPLY_TIMEOUT_SECONDS = 60.0
 """Reading an adapter takes a second or two; from a slow disk, more."""
-_RETRY_SECONDS = 0.2
-_MAX_WAIT_SECONDS = 1.0
-"""Of one blocking read, below what the connection's own timeout is."""
+_UNHEARD_SECONDS = 0.2
+_REPEAT_SECONDS = 1.0
+"""A worker that has not replied is told again: its connection may have been about to close. It obeys a command once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,18 +94,14 @@ class Adapters:
         command_id = secrets.token_hex(8)
         line = encode_command(command_of(command_id))
         deadline = time.monotonic() + timeout
-        unheard = {worker.worker for worker in self.of_workers()}
-        silent = set(unheard)
+        silent = {worker.worker for worker in self.of_workers()}
         try:
             while silent and (left := deadline - time.monotonic()) > 0:
                 # A worker that has just lost its connection hears nothing: nobody has received it then.
-                unheard = {worker for worker in unheard if not self._publish(worker, line)}
-                wait = min(left, _RETRY_SECONDS if unheard else _MAX_WAIT_SECONDS)
-                popped = self._connection.blpop([self._ledger.keys.replies(command_id)], timeout=wait)
-                if popped is not None:
-                    reply = Reply.model_validate_json(popped[1])
-                    silent.discard(reply.worker)
-                    yield reply
+                heard = [self._publish(worker, line) for worker in silent]
+                yield from self._replies(
+                    command_id, silent, min(left, _REPEAT_SECONDS if all(heard) else _UNHEARD_SECONDS)
+                )
         except redis.RedisError as error:
             raise_unavailable(self._ledger.address, error)
             raise
@@ -115,6 +111,16 @@ class Adapters:
                 problem=f"no reply within {timeout:g} s: `glmq status` shows whether it is alive, `glmq adapters list` "
                 "whether it has obeyed since",
             )
+
+    def _replies(self, command_id: str, silent: set[str], seconds: float) -> Iterator[Reply]:
+        """The replies of so many seconds. Their workers are silent no more."""
+        end = time.monotonic() + seconds
+        while silent and (left := end - time.monotonic()) > 0:
+            popped = self._connection.blpop([self._ledger.keys.replies(command_id)], timeout=max(left, 0.01))
+            if popped is not None:
+                reply = Reply.model_validate_json(popped[1])
+                silent.discard(reply.worker)
+                yield reply
 
     def _publish(self, worker: str, line: str) -> bool:
         """Whether somebody has heard it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -42,6 +43,8 @@ class ServedAdapters(Collection[str]):
         """Names that the engine knows."""
         self._in_memory: list[str] = []
         self._pending: dict[str, AdapterCommand] = {}
+        self._heard: deque[str] = deque(maxlen=256)
+        """Ids of commands: whoever waits for a reply repeats them."""
 
     # --- for requests -------------------------------------------------------------------------------------------------
 
@@ -112,9 +115,13 @@ class ServedAdapters(Collection[str]):
 
     # --- for commands -------------------------------------------------------------------------------------------------
 
-    def obey(self, command: AdapterCommand) -> LoadAdapter | UnloadAdapter:
-        """What the engine is to be told. `on_changed` gives the reply once it has answered."""
+    def obey(self, command: AdapterCommand) -> LoadAdapter | UnloadAdapter | None:
+        """What the engine is to be told; None: nothing, the command was heard before. `on_changed` gives the reply once the
+        engine has answered."""
         with self._lock:
+            if command.command_id in self._heard:
+                return None
+            self._heard.append(command.command_id)
             self._pending[command.command_id] = command
         if isinstance(command, LoadAdapterCommand):
             return LoadAdapter(command.name, command.folder, command.command_id)

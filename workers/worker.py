@@ -290,6 +290,8 @@ class Worker:
 
     def _on_adapter_command(self, command: AdapterCommand) -> None:
         message = self._adapters.obey(command)
+        if message is None:
+            return
         try:
             if self._ready is None or self._engine is None:
                 raise EngineDied(None, "it is not ready")

@@ -139,6 +139,15 @@ def test_a_worker_that_has_just_lost_its_connection_is_told_once_it_listens(
     assert len(worker.heard) == 1
 
 
+def test_a_worker_that_does_not_reply_is_told_again_with_the_same_id(
+    adapters: Adapters, new_worker: NewWorker
+) -> None:
+    worker = new_worker("one", reply=None)
+    assert [reply.worker for reply in adapters.unload("law", timeout=2.5)] == ["one"]
+    assert len(worker.heard) == 3
+    assert len({command.command_id for command in worker.heard}) == 1
+
+
 def test_a_silent_worker_is_named_when_the_time_is_over(adapters: Adapters, new_worker: NewWorker) -> None:
     new_worker("loud")
     new_worker("silent", reply=None)

@@ -107,6 +107,15 @@ def test_a_load_is_confirmed_when_the_engine_has_answered() -> None:
     assert adapters.on_changed(AdaptersChanged(["law"], ["law"], "c1")) is None
 
 
+def test_a_command_that_is_repeated_is_obeyed_once() -> None:
+    adapters = ServedAdapters("w")
+    command = UnloadAdapterCommand(command_id="c1", name="law")
+    assert adapters.obey(command) is not None
+    assert adapters.obey(command) is None
+    adapters.on_changed(AdaptersChanged([], [], "c1"))
+    assert adapters.obey(command) is None
+
+
 def test_a_load_that_found_no_slot_says_so() -> None:
     adapters = ServedAdapters("w")
     adapters.obey(LoadAdapterCommand(command_id="c1", name="law", folder="/a/law"))
