@@ -17,7 +17,7 @@ from sentencepiece import SentencePieceProcessor
 from workers.models.batch import Batch
 from workers.models.chatglm import ChatGLM
 from workers.models.config import ModelConfig
-from workers.models.layout import Layout
+from workers.models.layout import AnyLayout, CausalLayout, Layout
 from workers.models.loader import load_model
 from workers.models.tokenizer import Tokenizer
 
@@ -89,8 +89,10 @@ def pack_prompts() -> PackPrompts:
 
     def pack(prompts: Sequence[Sequence[int]], config: ModelConfig) -> Batch:
         ids = config.special_ids
-        layouts = [
-            Layout.of_prompt(prompt, bos_id=ids["bos"], gmask_id=ids["gmask"], mask_id=ids["mask"])
+        layouts: list[AnyLayout] = [
+            CausalLayout()
+            if config.model_type == "chatglm2"
+            else Layout.of_prompt(prompt, bos_id=ids["bos"], gmask_id=ids["gmask"], mask_id=ids["mask"])
             for prompt in prompts
         ]
         lens = torch.tensor([len(prompt) for prompt in prompts])
@@ -105,7 +107,7 @@ def pack_prompts() -> PackPrompts:
             kv_lens=lens.int(),
             block_tables=torch.zeros((len(prompts), 1), dtype=torch.int32),
             query_starts=torch.cat([torch.zeros(1), lens.cumsum(0)]).int(),
-            prefix_lens=torch.tensor([layout.context_len for layout in layouts], dtype=torch.int32),
+            prefix_lens=torch.tensor([layout.prefix_len for layout in layouts], dtype=torch.int32),
             max_query_len=int(lens.max()),
         )
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.lora_adapter import PREFIX, write_adapter
+from tests.workers.models.conftest import Golden
 from workers.models.adapter_bank import AdapterBank
 from workers.models.chatglm import ChatGLM
 from workers.models.config import ModelConfig
@@ -45,6 +46,13 @@ def shapes(model):
 
 
 # --- what the original says ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(
+    params=["chatglm-6b-tiny", "chatglm-6b-realvocab", "chatglm2-6b-tiny", "chatglm2-6b-realvocab"]
+)
+def golden(request: pytest.FixtureRequest, golden_root: Path) -> Golden:
+    return Golden(golden_root / request.param)
 
 
 @torch.inference_mode()
