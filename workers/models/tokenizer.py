@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
 from workers.models.config import CheckpointError, ModelConfig, read_bytes
+from workers.models.frames import Part, content, flattened, frame, joined, without_forged_lines
 from workers.models.layout import AnyLayout, CausalLayout, Layout
-from workers.models.pieces import PieceError, PieceModel, PieceType, white_space_of
+from workers.models.pieces import NEWLINE, PieceError, PieceModel, PieceType, white_space_of
 
 MODEL_FILE: Final = "ice_text.model"
 MAX_MODEL_BYTES: Final = 64 << 20
@@ -121,11 +123,40 @@ class Tokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of this text, then [gMASK] and <sop>, after which the model answers."""
-        return [*self.encode(text), self.gmask_id, self.bos_id]
+        return self._as_prompt(self.encode(text))
+
+    def _as_prompt(self, ids: list[int]) -> list[int]:
+        return [*ids, self.gmask_id, self.bos_id]
+
+    def encode_framed_prompt(self, parts: Sequence[Part], labels: re.Pattern[str]) -> list[int]:
+        """Ids of a prompt in which no content can make a line that begins with one of the frames' labels.
+
+        Where no content tries, they are the ids of the joined text.
+        """
+        ids = without_forged_lines(
+            self.encode(joined(parts)),
+            parts,
+            labels,
+            newline_id=self._newline_id,
+            space_id=self._space_id,
+            text_of=self.decode,
+        )
+        return self._as_prompt(self.encode(joined(tuple(flattened(parts)))) if ids is None else ids)
+
+    @cached_property
+    def _newline_id(self) -> int:
+        """-1: a text's newlines leave no id of their own."""
+        pieces = self._pieces
+        ids = [pieces.id_of(NEWLINE), *(index for index, byte in enumerate(self.byte_values) if byte == 0x0A)]
+        return self.first_id + next((id_ for id_ in ids if id_ is not None), -1 - self.first_id)
+
+    @cached_property
+    def _space_id(self) -> int:
+        return self.first_id + _piece_id(self._pieces, _SPACE_MARK)
 
     def build_prompt(self, query: str, history: Iterable[tuple[str, str]] = ()) -> list[int]:
         """Ids of the prompt for `query` after these turns (question, answer), oldest first."""
-        return self.encode_prompt(chat_text(query, tuple(history)))
+        return self.encode_framed_prompt(chat_parts(query, tuple(history)), ROUND_LABELS)
 
     def layout(self, prompt_ids: Sequence[int]) -> AnyLayout:
         """Where the parts of this prompt lie. Raises ValueError when the model cannot run it."""
@@ -173,12 +204,12 @@ class ChatGLM2Tokenizer(Tokenizer):
     def end_id(self) -> int:
         return len(self.surfaces)
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """[gMASK] and sop, then the ids of this text."""
-        return [self.gmask_id, self.bos_id, *self.encode(text)]
+    def _as_prompt(self, ids: list[int]) -> list[int]:
+        """[gMASK] and sop come first."""
+        return [self.gmask_id, self.bos_id, *ids]
 
     def build_prompt(self, query: str, history: Iterable[tuple[str, str]] = ()) -> list[int]:
-        return self.encode_prompt(rounds_text(query, tuple(history)))
+        return self.encode_framed_prompt(rounds_parts(query, tuple(history)), ROUND_LABELS)
 
     def layout(self, prompt_ids: Sequence[int]) -> AnyLayout:
         """Raises ValueError for an empty prompt."""
@@ -263,23 +294,49 @@ def _sequence_len(lead: int) -> int:
 # --- the model card's chat -------------------------------------------------------------------------------------------
 
 
-def chat_text(query: str, history: Sequence[tuple[str, str]]) -> str:
+ROUND_LABELS: Final = re.compile(r"\[\s*Round\b|问\s*[:：]|答\s*[:：]", re.IGNORECASE)
+"""How the lines of a round begin."""
+
+
+def chat_parts(query: str, history: Sequence[tuple[str, str]]) -> list[Part]:
     """The text of a prompt: the query itself, or all turns in ChatGLM's rounds."""
     if not history:
-        return query
-    rounds = [
-        f"[Round {index}]\n问：{question}\n答：{answer}\n" for index, (question, answer) in enumerate(history)
-    ]
-    return "".join([*rounds, f"[Round {len(history)}]\n问：{query}\n答："])
+        # Without rounds there is nothing to forge: as the model card's chat has it.
+        return [frame(query)]
+    parts = []
+    for index, (question, answer) in enumerate(history):
+        parts += [
+            frame(f"[Round {index}]\n问："),
+            content(question),
+            frame("\n答："),
+            content(answer),
+            frame("\n"),
+        ]
+    return [*parts, frame(f"[Round {len(history)}]\n问："), content(query), frame("\n答：")]
+
+
+def rounds_parts(query: str, history: Sequence[tuple[str, str]]) -> list[Part]:
+    """The text of a ChatGLM2-6B prompt: rounds count from 1, and the first question has one too."""
+    parts = []
+    for index, (question, answer) in enumerate(history, 1):
+        parts += [
+            frame(f"[Round {index}]\n\n问："),
+            content(question),
+            frame("\n\n答："),
+            content(answer),
+            frame("\n\n"),
+        ]
+    return [*parts, frame(f"[Round {len(history) + 1}]\n\n问："), content(query), frame("\n\n答：")]
+
+
+def chat_text(query: str, history: Sequence[tuple[str, str]]) -> str:
+    """`chat_parts` as one text."""
+    return joined(chat_parts(query, history))
 
 
 def rounds_text(query: str, history: Sequence[tuple[str, str]]) -> str:
-    """The text of a ChatGLM2-6B prompt: rounds count from 1, and the first question has one too."""
-    rounds = [
-        f"[Round {index}]\n\n问：{question}\n\n答：{answer}\n\n"
-        for index, (question, answer) in enumerate(history, 1)
-    ]
-    return "".join([*rounds, f"[Round {len(history) + 1}]\n\n问：{query}\n\n答："])
+    """`rounds_parts` as one text."""
+    return joined(rounds_parts(query, history))
 
 
 def clean_up_spaces(text: str) -> str:
