@@ -16,10 +16,12 @@ from typing import Any, Literal, Self, get_args
 from producer.contract import InvalidRequest, InvalidSetting
 from producer.contract.control import check_adapter_name
 from producer.settings import Settings
-from workers.engine.config import DtypeSetting
+from workers.engine.config import ActivationsSetting, DtypeSetting, QuantizeSetting
 
 DEMO_CHECKPOINT = Path(__file__).parent / "models" / "demo"
 DTYPES: tuple[DtypeSetting, ...] = get_args(DtypeSetting)
+QUANTIZE: tuple[QuantizeSetting, ...] = get_args(QuantizeSetting)
+ACTIVATIONS: tuple[ActivationsSetting, ...] = get_args(ActivationsSetting)
 Backend = Literal["native", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
@@ -41,6 +43,12 @@ class WorkerSettings:
     device: str = "auto"
     """auto, cpu, or cuda:N."""
     dtype: DtypeSetting = "auto"
+    quantize: QuantizeSetting = "none"
+    """What the linear layers become while the checkpoint is loaded. A quantized checkpoint needs no setting."""
+    quantize_head: bool = False
+    """The head becomes int8, too."""
+    activations: ActivationsSetting = "auto"
+    """Of quantized layers on a CPU: int8 is fast, full is exact."""
     backend: Backend = "native"
     """native, or reference: the checkpoint's own code on transformers."""
     trust_remote_code: bool = False
@@ -83,10 +91,7 @@ class WorkerSettings:
             raise InvalidSetting(
                 "GLMQ_DEVICE", f"{self.device!r} is no device", "Use auto, cpu, cuda or cuda:N."
             )
-        if self.dtype not in DTYPES:
-            raise InvalidSetting(
-                "GLMQ_DTYPE", f"{self.dtype!r} is no dtype", f"Use one of {', '.join(DTYPES)}."
-            )
+        self._check_forms()
         if self.backend not in BACKENDS:
             raise InvalidSetting(
                 "GLMQ_BACKEND", f"{self.backend!r} is no backend", f"Use {' or '.join(BACKENDS)}."
@@ -117,6 +122,22 @@ class WorkerSettings:
         if self.lease_seconds < 0.4:
             raise InvalidSetting(
                 "GLMQ_LEASE_SECONDS", f"{self.lease_seconds} cannot be renewed in time", "Use 0.4 or more."
+            )
+
+    def _check_forms(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InvalidSetting(
+                "GLMQ_DTYPE", f"{self.dtype!r} is no dtype", f"Use one of {', '.join(DTYPES)}."
+            )
+        if self.quantize not in QUANTIZE:
+            raise InvalidSetting(
+                "GLMQ_QUANTIZE", f"{self.quantize!r} is no form", f"Use one of {', '.join(QUANTIZE)}."
+            )
+        if self.activations not in ACTIVATIONS:
+            raise InvalidSetting(
+                "GLMQ_ACTIVATIONS",
+                f"{self.activations!r} is unknown",
+                f"Use one of {', '.join(ACTIVATIONS)}.",
             )
 
     def _check_trust(self) -> None:
@@ -208,6 +229,8 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "checkpoint": ("GLMQ_CHECKPOINT", Path),
     "device": ("GLMQ_DEVICE", str),
     "dtype": ("GLMQ_DTYPE", str),
+    "quantize": ("GLMQ_QUANTIZE", str),
+    "activations": ("GLMQ_ACTIVATIONS", str),
     "backend": ("GLMQ_BACKEND", str),
     "slots": ("GLMQ_SLOTS", int),
     "context_len": ("GLMQ_CONTEXT", int),

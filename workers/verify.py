@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported after the options are known to be right: it takes seconds.
     import torch  # noqa: PLC0415
 
-    from workers.engine.engine import find_device  # noqa: PLC0415
+    from workers.engine.loading import find_device  # noqa: PLC0415
     from workers.models.loader import DTYPES as TORCH_DTYPES  # noqa: PLC0415
     from workers.reference.comparison import compare  # noqa: PLC0415
 

@@ -41,7 +41,15 @@ from workers.pool import StartFailed, Ticket
 from workers.prompts import Prompts
 from workers.publisher import Publisher
 from workers.running import RELEASED, RunningRequest, RunningRequests
-from workers.settings import BACKENDS, DTYPES, Backend, WorkerSettings, named_folders
+from workers.settings import (
+    ACTIVATIONS,
+    BACKENDS,
+    DTYPES,
+    QUANTIZE,
+    Backend,
+    WorkerSettings,
+    named_folders,
+)
 from workers.tasks import carries_request
 
 logger = logging.getLogger(__name__)
@@ -386,6 +394,9 @@ def engine_config(settings: WorkerSettings, adapters: ServedAdapters, *, is_firs
         checkpoint=str(settings.checkpoint),
         device=settings.device,
         dtype=settings.dtype,
+        quantize=settings.quantize,
+        quantize_head=settings.quantize_head,
+        activations=settings.activations,
         max_num_seqs=settings.slots,
         cache_gib=settings.cache_gib,
         context_len=settings.context_len,
@@ -436,6 +447,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the computation (default: auto)")
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        help="linear layers of an fp16 checkpoint to int8 or int4 while loading (faster: glmq quantize, once)",
+    )
+    parser.add_argument(
+        "--quantize-head", action="store_true", default=None, help="the head to int8 while loading"
+    )
+    parser.add_argument(
+        "--activations",
+        choices=ACTIVATIONS,
+        help="of quantized layers on a CPU: int8 (fast), full (exact); auto: int8",
+    )
     parser.add_argument(
         "--backend",
         choices=BACKENDS,

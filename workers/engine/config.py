@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import msgspec
 
 DtypeSetting = Literal["auto", "float16", "bfloat16", "float32"]
+QuantizeSetting = Literal["none", "int8", "int4"]
+ActivationsSetting = Literal["auto", "int8", "full"]
 
 GIB: Final = 1 << 30
 
@@ -20,6 +22,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """auto (a GPU when there is one), cpu, cuda or cuda:N."""
     dtype: DtypeSetting = "auto"
     """Of weights, computation and cache; auto is the checkpoint's on a GPU and float32 on a CPU."""
+    quantize: QuantizeSetting = "none"
+    """What the linear layers of a checkpoint in floating point become while it is loaded."""
+    quantize_head: bool = False
+    """The layer that gives the logits becomes int8; so does an embedding that shares its weights."""
+    activations: ActivationsSetting = "auto"
+    """Of quantized layers on a CPU: int8 (fast, by ONNX Runtime), or full, in `dtype` (exact); auto is int8 where it can be."""
     max_num_seqs: int = 64
     """Sequences that run at the same time, at most."""
     max_prefill_tokens: int = 4096
@@ -72,5 +80,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         index = self.device.removeprefix("cuda:")
         if self.device not in ("auto", "cpu", "cuda") and (index == self.device or not index.isdigit()):
             raise ValueError(f"device is {self.device!r}: it must be auto, cpu, cuda or cuda:N")
-        if self.dtype not in ("auto", "float16", "bfloat16", "float32"):
-            raise ValueError(f"dtype is {self.dtype!r}: it must be auto, float16, bfloat16 or float32")
+        for name, setting in (("dtype", DtypeSetting), ("quantize", QuantizeSetting), ("activations", ActivationsSetting)):
+            value, choices = getattr(self, name), get_args(setting)
+            if value not in choices:
+                raise ValueError(
+                    f"{name} is {value!r}: it must be {', '.join(choices[:-1])} or {choices[-1]}"
+                )

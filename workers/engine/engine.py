@@ -11,6 +11,7 @@ from workers.engine.adapters import Adapters
 from workers.engine.admission import Admission, CannotRun
 from workers.engine.block_manager import BlockManager
 from workers.engine.config import GIB, EngineConfig
+from workers.engine.loading import load_network
 from workers.engine.messages import FromEngine, Generate, Ready, Refused, Step
 from workers.engine.model_runner import Launched, ModelRunner
 from workers.engine.sampler import Sampler
@@ -19,7 +20,6 @@ from workers.engine.sequence import Sequence
 from workers.models.adapter_bank import AdapterBank
 from workers.models.batch import KVCache
 from workers.models.config import ModelConfig
-from workers.models.loader import DTYPES, load_model
 from workers.models.network import Network
 from workers.models.tokenizer import Tokenizer
 
@@ -71,22 +71,10 @@ class Engine:
         """Loads the checkpoint. Raises CheckpointError, or ValueError for a device that is not there."""
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        device = find_device(config.device)
         model_config = ModelConfig.from_folder(config.checkpoint)
         tokenizer = Tokenizer.from_folder(config.checkpoint, model_config)
-        if config.dtype != "auto":
-            dtype = DTYPES[config.dtype]
-        else:
-            # Few CPUs compute in half precision, and none of them fast.
-            dtype = torch.float32 if device.type == "cpu" else DTYPES[model_config.dtype]
         merged = next(iter(config.adapters.items()), None) if config.merge_adapter else None
-        model = load_model(
-            config.checkpoint,
-            dtype=dtype,
-            device=device,
-            config=model_config,
-            adapter=merged[1] if merged else None,
-        )
+        model = load_network(config, model_config, adapter=merged[1] if merged else None)
         # Before the cache, which takes the memory that is left.
         adapters = _adapters(model, config, merged[0] if merged else None)
         return cls(model, tokenizer, config, adapters)
@@ -239,12 +227,3 @@ def _num_blocks(model: Network, config: EngineConfig, context_len: int) -> int:
     else:
         num_affordable = 2 * GIB // block_bytes
     return min(max(num_affordable, blocks_per_seq), config.max_num_seqs * blocks_per_seq) + 1
-
-
-def find_device(name: str) -> torch.device:
-    """The device that a setting means. Raises ValueError when it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {name}, but torch finds no GPU. Use cpu, or install the driver")
-    return torch.device(name)

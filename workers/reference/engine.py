@@ -16,7 +16,7 @@ import torch
 
 from workers.engine.admission import Admission, CannotRun
 from workers.engine.config import EngineConfig
-from workers.engine.engine import find_device
+from workers.engine.loading import find_device
 from workers.engine.messages import FromEngine, Generate, Ready, Refused, Step
 from workers.models.config import ModelConfig
 from workers.models.loader import DTYPES
