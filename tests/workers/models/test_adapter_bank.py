@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.lora_adapter import write_adapter
 from workers.models.adapter_bank import AdapterBank, GroupedRows, LoraLinear, MaskedRows
 from workers.models.chatglm import ChatGLM
-from workers.models.config import ModelConfig
-from workers.models.lora import TARGETS, AdapterError, read_adapter
+from workers.models.config import CheckpointError, ModelConfig
+from workers.models.loader import load_model
+from workers.models.lora import TARGETS, AdapterError, linear_shapes, read_adapter
+from workers.models.quantization import dequantize, quantize, stored_values
 
 PROMPTS = [[5, 6, 7, 50, 51], [9, 50, 51, 11], [12, 13, 50, 51], [14, 50, 51, 3, 4, 5]]
 
@@ -224,3 +229,72 @@ def test_masked_rows_look_at_no_value_on_the_host():
         x, y = torch.zeros(5, 24), torch.zeros(5, 40)
         result = MaskedRows(slots, 3).add(y, x, torch.zeros(4, 8, 24), torch.zeros(4, 8, 40), [0, 8, 8, 8])
     assert result.shape == (5, 40)
+
+
+# --- over other forms of the base ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chatglm-6b-tiny", "chatglm2-6b-tiny"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_over_a_quantized_base_a_mixed_batch_gives_each_what_it_gets_alone(
+    golden_root, logits_of, tmp_path, name, bits
+):
+    folder = golden_root / name
+    model = load_model(folder, dtype=torch.float32, quantize_bits=bits)
+    prompts = [
+        prompt["input_ids"]
+        for prompt in json.loads((folder / "golden_model.json").read_text())["prompts"][:6]
+    ]
+    base = logits_of(model, None, prompts)
+    bank = new_bank(model)
+    golden_adapter = read_adapter(folder / "lora", bank.shapes)
+    own = read_adapter(
+        write_adapter(tmp_path, bank.shapes, targets=TARGETS, rank=12, strength=0.1), bank.shapes
+    )
+    bank.load(1, golden_adapter)
+    bank.load(2, own)
+    slots = [0, 1, 2, 1, 2, 0]
+
+    mixed = logits_of(model, slots, prompts)
+
+    for index, slot in enumerate(slots):
+        (alone,) = logits_of(model, [slot], prompts[index : index + 1])
+        torch.testing.assert_close(mixed[index], alone, atol=1e-3, rtol=1e-4)
+        assert (mixed[index] - base[index]).abs().max() > (0.5 if slot else -1)
+
+    # What an adapter adds to integers is what it adds to the weights that they stand for.
+    widened = load_model(folder, dtype=torch.float32)
+    state = widened.state_dict()
+    for path in bank.shapes:
+        layer = model.get_submodule(path)
+        stored = layer.base if isinstance(layer, LoraLinear) else layer
+        weight = dequantize(stored.weight, stored.weight_scale, bits, torch.float32)
+        state[f"{path}.weight"] = own.merged(f"{path}.weight", weight, torch.float32)
+    widened.load_state_dict(state)
+    expected = logits_of(widened, None, prompts)
+    for index in (2, 4):
+        torch.testing.assert_close(mixed[index], expected[index], atol=5e-3, rtol=1e-3)
+
+
+def test_an_adapter_cannot_be_merged_into_integers(golden_root, tmp_path):
+    folder = golden_root / "chatglm-6b-tiny"
+    model = load_model(folder, quantize_bits=8)
+    save_file(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_bit": 8}))
+    load_model(tmp_path)
+    with pytest.raises(CheckpointError, match=r"cannot be merged into integers.*glmq quantize"):
+        load_model(tmp_path, adapter=folder / "lora")
+
+
+def test_an_adapter_is_merged_before_weights_are_quantized(golden_root):
+    folder = golden_root / "chatglm-6b-tiny"
+    merged = load_model(folder, dtype=torch.float16, adapter=folder / "lora")
+    quantized = load_model(folder, dtype=torch.float32, adapter=folder / "lora", quantize_bits=8)
+    for path in linear_shapes(merged):
+        layer = quantized.get_submodule(path)
+        expected = quantize(merged.get_submodule(path).weight, 8)
+        assert torch.equal(layer.weight, stored_values(expected, 8))
+        assert torch.equal(layer.weight_scale, expected.scales)
