@@ -15,11 +15,14 @@ from redis.exceptions import RedisError
 from structlog.contextvars import bound_contextvars
 
 from producer.contract import (
+    ChatRequest,
     ConversationBusy,
     Failed,
     IdempotencyConflict,
     InvalidRequest,
     RedisUnavailable,
+    Request,
+    SummaryRequest,
     UnknownRequest,
     decode_request,
 )
@@ -303,7 +306,8 @@ class Claims:
         prompt = prompts.build(request)
         running.prompt_len = len(prompt.ids)
         running.max_new_tokens = prompt.sampling.max_new_tokens
-        logger.debug(
+        log = logger.info if self._settings.log_text else logger.debug
+        log(
             "claimed",
             attempt=running.attempt,
             kind=running.kind,
@@ -333,3 +337,10 @@ class Claims:
             self._publisher.end(running, RELEASED)
         else:
             self._publisher.on_started()
+
+
+def _text_of(request: Request) -> dict[str, str]:
+    """What a user wrote, for a log that may have it."""
+    if isinstance(request, ChatRequest):
+        return {"text": request.query}
+    return {"text": request.text} if isinstance(request, SummaryRequest) else {}

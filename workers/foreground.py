@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import signal
-import sys
 import threading
 import warnings
 from types import FrameType
@@ -59,15 +57,8 @@ def run_celery(app: Celery) -> int:
     return worker.exitcode or 0
 
 
-def set_up_log(level: str) -> None:
-    """Our lines at `level`, everybody else's from WARNING, on stderr."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)
-    logging.getLogger("workers").setLevel(level)
-    logging.captureWarnings(True)
+def keep_log() -> None:
+    """The log stays as it was set up (`logs.set_up`), whatever Celery would make of it."""
     # About pickled messages; ours are JSON, and in a container everybody is root.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     # Somebody is connected, so Celery does not configure logging.

@@ -5,7 +5,6 @@ An engine that has work and makes no progress gets no renewal: whoever is stuck 
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,10 +13,12 @@ from redis.exceptions import RedisError
 
 from producer.contract import Failed, RedisUnavailable
 from producer.ledger import Ledger, calls
+from workers.logs import get_logger
+from workers.metrics import Metrics
 from workers.publisher import Publisher
 from workers.running import RunningRequests
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 RENEWALS_PER_LEASE = 4
 
@@ -40,6 +41,7 @@ class Leases:
         lease_seconds: float,
         about: Callable[[], Mapping[str, str | int | float]],
         is_stuck: Callable[[], bool],
+        metrics: Metrics,
     ) -> None:
         self._ledger = ledger
         self._running = running
@@ -48,6 +50,8 @@ class Leases:
         self._lease_seconds = lease_seconds
         self._about = about
         self._is_stuck = is_stuck
+        self._metrics = metrics
+        self._last_renewal = time.monotonic()
         self._is_reachable = True
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
@@ -83,6 +87,11 @@ class Leases:
                 logger.exception("renewing failed")
             self._stop.wait(max(self._lease_seconds / RENEWALS_PER_LEASE - (time.monotonic() - begin), 0.01))
 
+    @property
+    def renewal_age_seconds(self) -> float:
+        """Since Redis last confirmed the leases."""
+        return time.monotonic() - self._last_renewal
+
     def renew(self) -> None:
         """One sign of life, now."""
         held = [(running.request_id, running.attempt) for running in self._running]
@@ -95,6 +104,7 @@ class Leases:
                 logger.warning("leases cannot be renewed: %s", error)
             self._is_reachable = False
             return
+        self._last_renewal = time.monotonic()
         if not self._is_reachable:
             logger.info("leases are renewed again")
         self._is_reachable = True
@@ -102,7 +112,8 @@ class Leases:
             running = self._running.get(request_id)
             # With an end: it was being published while the renewal was under way.
             if running is not None and running.end is None:
-                logger.info("request %s: attempt %d lost it", request_id, running.attempt)
+                self._metrics.leases_lost.inc()
+                logger.info("the lease was lost", request_id=request_id, attempt=running.attempt)
                 self._publisher.drop(running)
         for request_id in renewal.cancelled:
             running = self._running.get(request_id)

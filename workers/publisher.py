@@ -5,7 +5,6 @@ Text waits here while Redis is down. It needs no bound of its own: nothing is cl
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -13,13 +12,15 @@ from typing import TypeVar
 
 from redis.exceptions import RedisError
 
-from producer.contract import Failed, RedisUnavailable, Started, Token
+from producer.contract import Failed, Finished, RedisUnavailable, Started, Token
 from producer.ledger import Emission, EmitCode, Ledger, calls
 from workers.engine.messages import Refused, Step
+from workers.logs import get_logger
+from workers.metrics import Metrics
 from workers.running import RELEASED, End, RunningRequest, RunningRequests
 from workers.speed import Speed
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -46,6 +47,8 @@ class Publisher:
         abort: Callable[[int], None],
         on_gone: Callable[[RunningRequest], None],
         flush_seconds: float,
+        metrics: Metrics,
+        log_text: bool = False,
     ) -> None:
         self._ledger = ledger
         self._running = running
@@ -53,6 +56,8 @@ class Publisher:
         self._abort = abort
         self._on_gone = on_gone
         self._flush_seconds = flush_seconds
+        self._metrics = metrics
+        self._log_text = log_text
         self._wake = threading.Condition()
         self._has_news = False
         self._is_urgent = False
@@ -77,7 +82,9 @@ class Publisher:
 
     def on_step(self, step: Step) -> None:
         """The engine made tokens."""
-        is_urgent = False
+        now = time.monotonic()
+        first: list[RunningRequest] = []
+        gaps: dict[float, int] = {}
         with self._running.lock:
             for sequence_id, token_id, reason in zip(
                 step.sequence_ids, step.token_ids, step.finish_reasons, strict=True
@@ -85,16 +92,22 @@ class Publisher:
                 running = self._running.of_sequence(sequence_id)
                 # Unknown: aborted a moment ago, and the engine had not heard of it yet.
                 if running is not None:
-                    is_urgent |= running.first_token is None
+                    if running.last_token is None:
+                        first.append(running)
+                    else:
+                        gaps[running.last_token] = gaps.get(running.last_token, 0) + 1
                     try:
-                        self._add_token(running, token_id, reason)
+                        self._add_token(running, token_id, reason, now)
                     except Exception:  # one request is a boundary
-                        logger.exception("request %s: token %d cannot be used", running.request_id, token_id)
+                        logger.exception(
+                            "a token cannot be used", request_id=running.request_id, token_id=token_id
+                        )
                         self.end(running, _NO_TEXT)
         self.speed.count(len(step.token_ids))
-        self._notify(is_urgent=is_urgent)
+        self._metrics.on_step(now, first, gaps, num_sequences=len(step.token_ids))
+        self._notify(is_urgent=bool(first))
 
-    def _add_token(self, running: RunningRequest, token_id: int, reason: str) -> None:
+    def _add_token(self, running: RunningRequest, token_id: int, reason: str, now: float) -> None:
         detokenizer = running.detokenizer
         assert detokenizer is not None, "bound to a sequence without a detokenizer"
         text = detokenizer.add(token_id)
@@ -104,7 +117,7 @@ class Publisher:
         if reason:
             # What was held back can be held back no longer: it belongs to this last token.
             text += detokenizer.finish()
-        running.add(token_id, text)
+        running.add(token_id, text, now)
         if reason:
             self._running.unbind(running)
             running.end = "length" if reason == "length" else "stop"
@@ -174,7 +187,12 @@ class Publisher:
         """Everything new, then the ends of those requests that have said everything."""
         batch = self._collect()
         if batch:
+            begin = time.monotonic()
             codes = self._insist(lambda: self._ledger.run(calls.emit(emission for _, emission in batch)))
+            num_tokens = sum(
+                len(emission.event.ids) for _, emission in batch if isinstance(emission.event, Token)
+            )
+            self._metrics.on_flush(time.monotonic() - begin, num_tokens)
             for (running, emission), code in zip(batch, codes, strict=True):
                 self._settle(running, emission, code)
         for running in self._running:
@@ -210,26 +228,67 @@ class Publisher:
             case EmitCode.CANCEL_ASKED:
                 self.end(running, "cancelled")
             case EmitCode.FENCED:
-                logger.info("request %s: attempt %d lost it", running.request_id, running.attempt)
+                self._metrics.fenced_writes.inc()
+                logger.info(
+                    "a write was fenced: another attempt has the request",
+                    request_id=running.request_id,
+                    attempt=running.attempt,
+                )
                 self.drop(running)
             case _:
                 logger.error(
-                    "request %s: %s of %r; released", running.request_id, code.name, emission.event.type
+                    "an event does not fit its stream: released",
+                    request_id=running.request_id,
+                    attempt=running.attempt,
+                    code=code.name,
+                    type=emission.event.type,
                 )
                 self.end(running, RELEASED)
 
     def _publish_end(self, running: RunningRequest) -> None:
         end = running.end
         assert end is not None, "only requests that have ended"
+        event: Finished | Failed | None
         if isinstance(end, Failed):
+            event = end
             call = calls.fail(running.request_id, running.attempt, end)
         elif end == RELEASED:
+            event = None
             call = calls.release(running.request_id, running.attempt)
         else:
-            call = calls.finish(running.request_id, running.attempt, running.finished(end))
-        self._insist(lambda: self._ledger.run(call))
+            event = running.finished(end)
+            call = calls.finish(running.request_id, running.attempt, event)
+        is_written = self._insist(lambda: self._ledger.run(call))
+        self._record(running, event, is_written=is_written)
         if self._running.remove(running):
             self._on_gone(running)
+
+    def _record(self, running: RunningRequest, event: Finished | Failed | None, *, is_written: bool) -> None:
+        """One line in the log for each request, and its figures."""
+        log = logger.bind(request_id=running.request_id, attempt=running.attempt)
+        if not is_written:
+            self._metrics.fenced_writes.inc()
+            log.info("its end was fenced: another attempt has the request")
+        elif event is None:
+            self._metrics.on_released()
+            log.info("released", tokens=len(running.token_ids))
+        elif isinstance(event, Failed):
+            self._metrics.on_end(running, event)
+            log.info("failed", kind=running.kind, tenant=running.tenant, code=event.code)
+        else:
+            self._metrics.on_end(running, event)
+            log.info(
+                "answered" if event.reason != "cancelled" else "cancelled",
+                kind=running.kind,
+                tenant=running.tenant,
+                reason=event.reason,
+                prompt_tokens=running.prompt_len,
+                tokens=len(running.token_ids),
+                queue_seconds=round(event.timings.queue_seconds, 3),
+                first_token_seconds=round(event.timings.first_token_seconds, 3),
+                total_seconds=round(event.timings.total_seconds, 3),
+                **({"text": event.text} if self._log_text else {}),
+            )
 
     def _insist(self, call: Callable[[], T]) -> T:
         """The answer to this call, however long Redis is away. Every call here may be repeated."""

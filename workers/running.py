@@ -41,18 +41,26 @@ class RunningRequest:
     ticket: Ticket | None
     """Completed when the request ends; None when the worker found the request without one."""
     queue_seconds: float
+    tenant: str = ""
+    kind: str = "unknown"
+    adapter: str | None = None
     claimed: float = field(default_factory=time.monotonic)
     sequence_id: int = 0
     """Under which the engine knows it; 0 before the engine was asked."""
     detokenizer: AnswerDetokenizer | None = None
     prompt_len: int = 0
+    max_new_tokens: int = 0
     token_ids: list[int] = field(default_factory=list)
     """The whole answer so far, earlier attempts included."""
     texts: list[str] = field(default_factory=list)
     num_published: int = 0
     """Tokens that the ledger has, or is being given at this moment."""
     is_started_published: bool = False
+    num_emitted_before: int = 0
+    """Tokens of earlier attempts."""
     first_token: float | None = None
+    """On the monotonic clock: the first one of this attempt."""
+    last_token: float | None = None
     deadline: float = float("inf")
     """On the monotonic clock: aborted then."""
     end: End | None = None
@@ -66,10 +74,11 @@ class RunningRequest:
     def text(self) -> str:
         return "".join(self.texts)
 
-    def add(self, token_id: int, text: str) -> None:
+    def add(self, token_id: int, text: str, now: float) -> None:
         """One more answer token and the text that it adds."""
         if self.first_token is None:
-            self.first_token = time.monotonic()
+            self.first_token = now
+        self.last_token = now
         self.token_ids.append(token_id)
         self.texts.append(text)
 

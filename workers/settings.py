@@ -17,6 +17,7 @@ from producer.contract import InvalidRequest, InvalidSetting
 from producer.contract.control import check_adapter_name
 from producer.settings import Settings
 from workers.engine.config import ActivationsSetting, DtypeSetting, QuantizeSetting
+from workers.logs import FORMS, LEVELS, Form
 
 DEMO_CHECKPOINT = Path(__file__).parent / "models" / "demo"
 DTYPES: tuple[DtypeSetting, ...] = get_args(DtypeSetting)
@@ -81,6 +82,17 @@ class WorkerSettings:
     """New tokens are published so often; the first one of an answer at once."""
     grace_seconds: float = 25.0
     """How long SIGTERM waits for running requests; what is not done then is released."""
+    metrics_host: str = "127.0.0.1"
+    """Where metrics are served; 0.0.0.0 in a container, so that Prometheus reaches them."""
+    metrics_port: int | None = None
+    """The port of index 0; a worker's is that plus its index. 0: none. None: 9750 and so on, the first that is free."""
+    index: int | None = None
+    """Of this worker on its machine; None: its GPU's, else 0."""
+    log_level: str = "INFO"
+    log_form: Form = "auto"
+    """json, console, or auto: console at a terminal."""
+    log_text: bool = False
+    """Questions and answers may be in the log."""
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -106,6 +118,18 @@ class WorkerSettings:
             raise InvalidSetting("GLMQ_THREADS", f"{self.num_threads} is out of range", "Use 1 or more.")
         if self.context_len is not None and self.context_len < 16:
             raise InvalidSetting("GLMQ_CONTEXT", f"{self.context_len} is too short", "Use 16 tokens or more.")
+        self._check_sizes()
+        self._check_log()
+        self._check_metrics()
+
+    @property
+    def engine_index(self) -> int:
+        """Tells the workers of a machine apart: their GPU's index, or what GLMQ_WORKER_INDEX says."""
+        if self.index is not None:
+            return self.index
+        return int(self.device.partition(":")[2] or 0)
+
+    def _check_sizes(self) -> None:
         for name in (
             "lease_seconds",
             "stall_seconds",
@@ -122,6 +146,23 @@ class WorkerSettings:
         if self.lease_seconds < 0.4:
             raise InvalidSetting(
                 "GLMQ_LEASE_SECONDS", f"{self.lease_seconds} cannot be renewed in time", "Use 0.4 or more."
+            )
+
+    def _check_log(self) -> None:
+        for variable, value, known in (
+            ("GLMQ_LOG_LEVEL", self.log_level, LEVELS),
+            ("GLMQ_LOG_FORMAT", self.log_form, FORMS),
+        ):
+            if value not in known:
+                raise InvalidSetting(variable, f"{value!r} is not known", f"Use one of {', '.join(known)}.")
+
+    def _check_metrics(self) -> None:
+        if self.index is not None and not 0 <= self.index <= 1023:
+            raise InvalidSetting("GLMQ_WORKER_INDEX", f"{self.index} is out of range", "Use 0 to 1023.")
+        port = self.metrics_port
+        if port is not None and port != 0 and not 1 <= port + self.engine_index <= 65_535:
+            raise InvalidSetting(
+                "GLMQ_METRICS_PORT", f"{port} is out of range", "Use 1 to 65000, or 0 to serve no metrics."
             )
 
     def _check_forms(self) -> None:
@@ -247,6 +288,12 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "look_seconds": ("GLMQ_LOOK_SECONDS", float),
     "flush_seconds": ("GLMQ_FLUSH_SECONDS", float),
     "grace_seconds": ("GLMQ_GRACE_SECONDS", float),
+    "metrics_host": ("GLMQ_METRICS_HOST", str),
+    "metrics_port": ("GLMQ_METRICS_PORT", int),
+    "index": ("GLMQ_WORKER_INDEX", int),
+    "log_level": ("GLMQ_LOG_LEVEL", str.upper),
+    "log_form": ("GLMQ_LOG_FORMAT", str.lower),
+    "log_text": ("GLMQ_LOG_TEXT", _switch),
 }
 
 

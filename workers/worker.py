@@ -7,34 +7,40 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from celery import Celery
 from redis.exceptions import RedisError
 
-from producer.contract import Failed, GlmqError
+from producer.contract import GlmqError, InvalidSetting
 from producer.contract.control import AdapterCommand, Reply
 from producer.contract.keys import REPLY_SECONDS
+from producer.contract.latencies import encode_counts
 from producer.embedded import find_server
 from producer.ledger import Ledger, calls, connect
 from workers.adapters import ServedAdapters
 from workers.app import create_app
+from workers.backlog import BacklogReader
 from workers.claims import Claims
 from workers.control import Control
 from workers.engine.client import ENGINE_MODULE, EngineClient, EngineDied
 from workers.engine.config import EngineConfig
 from workers.engine.detokenizer import StreamDetokenizer
 from workers.engine.messages import Abort, AdaptersChanged, Generate, Ready, Refused, Step
-from workers.foreground import run_celery, set_up_log
+from workers.exporter import PORTS_TO_TRY, Exporter, PortTaken
+from workers.foreground import keep_log, run_celery
+from workers.gpu import Gpu, GpuReading
 from workers.leases import Leases
+from workers.logs import FORMS, LEVELS, get_logger, set_up
+from workers.metrics import Metrics, WorkerState
 from workers.models.config import CheckpointError
 from workers.models.tokenizer import Tokenizer
 from workers.pool import StartFailed, Ticket
@@ -52,13 +58,14 @@ from workers.settings import (
 )
 from workers.tasks import carries_request
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 ENGINES: dict[Backend, str] = {"native": ENGINE_MODULE, "reference": "workers.reference.process"}
 """What the engine process runs."""
 RESTART_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits before the engine is started again; the last one repeats."""
 FLUSH_AT_STOP_SECONDS = 5.0
+DEFAULT_METRICS_PORT = 9750
 
 
 class Worker:
@@ -75,6 +82,11 @@ class Worker:
         keys = settings.queue.keys
         timeout = settings.queue.redis_timeout_seconds
         self._running = RunningRequests()
+        self._metrics = Metrics(
+            model=settings.model,
+            engine=str(settings.engine_index),
+            queue_name=keys.celery_queue(settings.model),
+        )
         self._publisher = Publisher(
             # A retry inside redis-py would hide that Redis is away, and hold up everybody's tokens.
             Ledger.at(self.redis_url, keys, timeout_seconds=1.0, retries=0),
@@ -83,6 +95,8 @@ class Worker:
             abort=self._abort,
             on_gone=self._on_gone,
             flush_seconds=settings.flush_seconds,
+            metrics=self._metrics,
+            log_text=settings.log_text,
         )
         self._claims = Claims(
             Ledger.at(self.redis_url, keys, timeout_seconds=timeout, retries=0),
@@ -92,6 +106,7 @@ class Worker:
             generate=self._generate,
             new_detokenizer=self._new_detokenizer,
             end_id=self._tokenizer.eos_id,
+            metrics=self._metrics,
         )
         self._leases = Leases(
             Ledger.at(self.redis_url, keys, timeout_seconds=1.0, retries=0),
@@ -101,6 +116,7 @@ class Worker:
             lease_seconds=settings.lease_seconds,
             about=self._about,
             is_stuck=self._is_stuck,
+            metrics=self._metrics,
         )
         self._control = Control(
             connect(self.redis_url, timeout_seconds=2.0, retries=0),
@@ -111,6 +127,18 @@ class Worker:
         self._adapters = ServedAdapters(self.name, dict(settings.adapters), settings.adapters_dir)
         self._engine: EngineClient | None = None
         self._ready: Ready | None = None
+        self._step = Step([], [], [])
+        """The engine's last one."""
+        self._gpu: Gpu | None = None
+        self._backlog = BacklogReader(
+            Ledger.at(self.redis_url, keys, timeout_seconds=1.0, retries=0),
+            settings.queue.namespace,
+            settings.model,
+        )
+        self._metrics.watch(self._state)
+        self._metrics.watch_backlog(self._backlog.read)
+        self._metrics.watch_gpu(self._read_gpu)
+        self._exporter = _exporter(settings, self._metrics, self._health)
         self._failure: str | None = None
         self._last_progress = time.monotonic()
         self._started_at = time.time()
@@ -177,6 +205,8 @@ class Worker:
         self._control.stop()
         self._leases.stop()
         self._publisher.stop(FLUSH_AT_STOP_SECONDS)
+        if self._exporter is not None:
+            self._exporter.stop()
         if self._engine is not None:
             # It has nothing to lose, and is deaf while it loads: an ordinary exit would take seconds.
             self._engine.kill()
@@ -212,13 +242,9 @@ class Worker:
                 num_lost += running.end is None
                 self._publisher.end(running, RELEASED)
             self._num_restarts += 1
+            self._metrics.engine_restarts.inc()
             pause = RESTART_SECONDS[min(attempt, len(RESTART_SECONDS) - 1)]
-            logger.error(
-                "the engine died (%s): %d requests released, restarting in %.1f s",
-                self._failure,
-                num_lost,
-                pause,
-            )
+            logger.error("the engine died", reason=self._failure, released=num_lost, restart_in_seconds=pause)
             if self._is_stopping.wait(pause):
                 return
 
@@ -237,6 +263,8 @@ class Worker:
                 self._last_progress = time.monotonic()
                 match message:
                     case Step():
+                        self._metrics.on_preemptions(message.num_preemptions - self._step.num_preemptions)
+                        self._step = message
                         self._publisher.on_step(message)
                     case Ready():
                         self._on_ready(message)
@@ -255,21 +283,24 @@ class Worker:
     def _on_ready(self, ready: Ready) -> None:
         settings = self.settings
         self._ready = ready
+        self._step = Step([], [], [], num_free_blocks=ready.num_blocks)
+        if self._gpu is None and ready.device.startswith("cuda"):
+            self._gpu = Gpu.find(settings.device)
         self._adapters.on_ready(ready)
         self._claims.open(Prompts(self._tokenizer, ready.context_len, self._adapters))
         self._state_changed.set()
         logger.info(
-            "ready: model %s from %s, context %d tokens, %d slots, %s %s, KV cache %d tokens, loaded in %.1f s, queue %s, worker %s",
+            "ready: %s from %s",
             settings.model,
             settings.checkpoint.name,
-            ready.context_len,
-            self._claims.slots,
-            ready.device,
-            ready.dtype,
-            ready.num_blocks * ready.block_size,
-            ready.load_seconds,
-            settings.queue.keys.celery_queue(settings.model),
-            self.name,
+            worker=self.name,
+            device=f"{ready.device} {ready.dtype}",
+            slots=self._claims.slots,
+            context_tokens=ready.context_len,
+            cache_tokens=ready.num_blocks * ready.block_size,
+            load_seconds=round(ready.load_seconds, 1),
+            queue=settings.queue.keys.celery_queue(settings.model),
+            metrics="off" if self._exporter is None else f"http://{self._exporter.address}/metrics",
         )
 
     def _generate(self, generate: Generate) -> None:
@@ -341,17 +372,6 @@ class Worker:
         self._claims.on_free_slot()
         if running.ticket is not None:
             running.ticket.complete()
-        if running.end is not None:
-            end = running.end.code if isinstance(running.end, Failed) else running.end
-            seconds = time.monotonic() - running.claimed
-            logger.info(
-                "request %s: %s, %d + %d tokens in %.2f s",
-                running.request_id,
-                end,
-                running.prompt_len,
-                len(running.token_ids),
-                seconds,
-            )
 
     def _on_cancel(self, request_id: str) -> None:
         running = self._running.get(request_id)
@@ -364,27 +384,114 @@ class Worker:
         try:
             ledger.run(calls.cancel(request_id))
         except GlmqError as error:
-            logger.warning("request %s: could not be cancelled: %s", request_id, error)
+            logger.warning("could not be cancelled: %s", error, request_id=request_id)
         finally:
             ledger.close()
 
+    # --- what it says of itself ---------------------------------------------------------------------------------------
+
+    def _state(self) -> WorkerState:
+        """What a scrape reads, and `glmq status`."""
+        ready, step, adapters = self._ready, self._step, self._adapters.about()
+        running = list(self._running)
+        # An idle engine makes no steps, so the last one says nothing about what was aborted since.
+        num_generating = self._running.num_generating
+        num_running = min(step.num_running, num_generating)
+        num_blocks = max(ready.num_blocks - 1, 1) if ready else 0
+        device = ready.device if ready else self.settings.device
+        engine = self._engine
+        return WorkerState(
+            state="draining" if self._claims.is_draining else "ready" if ready else "loading",
+            slots=self._claims.slots,
+            num_claimed=len(running),
+            num_running=num_running,
+            num_waiting=num_generating - num_running,
+            num_blocks=num_blocks,
+            num_free_blocks=min(step.num_free_blocks, num_blocks) if num_generating else num_blocks,
+            num_unpublished_tokens=sum(len(each.token_ids) - each.num_published for each in running),
+            known_adapters=_names(adapters["adapters"]),
+            loaded_adapters=_names(adapters["adapters_loaded"]),
+            running_adapters=sorted({each.adapter for each in running if each.adapter is not None}),
+            max_adapters=self.settings.max_adapters,
+            is_stuck=self._is_stuck(),
+            renewal_age_seconds=self._leases.renewal_age_seconds,
+            load_seconds=ready.load_seconds if ready else 0.0,
+            engine_pid=engine.pid if engine is not None and engine.is_alive else None,
+            info={
+                "worker": self.name,
+                "version": version("glmq"),
+                "device": device,
+                "dtype": ready.dtype if ready else self.settings.dtype,
+                "backend": self.settings.backend,
+            },
+        )
+
+    def _health(self) -> tuple[bool, str]:
+        if self._is_stuck():
+            return False, "stuck"
+        if self._ready is None:
+            return False, "loading"
+        return True, "draining" if self._claims.is_draining else "ready"
+
+    def _read_gpu(self) -> GpuReading | None:
+        return None if self._gpu is None else self._gpu.read()
+
     def _about(self) -> dict[str, str | int | float]:
-        """What `glmq status` shows."""
-        ready = self._ready
+        """What `glmq status` and `glmq top` show."""
+        state = self._state()
         return {
             "model": self.settings.model,
-            "device": ready.device if ready else self.settings.device,
-            "dtype": ready.dtype if ready else self.settings.dtype,
-            "slots": self._claims.slots,
-            "running": len(self._running),
+            "device": state.info["device"],
+            "dtype": state.info["dtype"],
+            "slots": state.slots,
+            "running": state.num_claimed,
+            "waiting": state.num_waiting,
+            "kv_usage": round(state.kv_usage, 4),
             "tokens_per_second": round(self._publisher.speed.tokens_per_second, 1),
-            "state": "draining" if self._claims.is_draining else "ready" if ready else "loading",
+            "first_token": encode_counts(self._metrics.recent_first_token.counts()),
+            "between_tokens": encode_counts(self._metrics.recent_between_tokens.counts()),
+            "state": state.state,
             "restarts": self._num_restarts,
+            "metrics": "" if self._exporter is None else self._exporter.address,
             **self._adapters.about(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": round(self._started_at),
         }
+
+
+def _exporter(
+    settings: WorkerSettings, metrics: Metrics, health: Callable[[], tuple[bool, str]]
+) -> Exporter | None:
+    """Serves the metrics, if they are to be served. Raises InvalidSetting."""
+    if settings.metrics_port == 0:
+        return None
+    is_given = settings.metrics_port is not None
+    port = settings.metrics_port or DEFAULT_METRICS_PORT
+    try:
+        return Exporter(
+            metrics.registry,
+            health,
+            host=settings.metrics_host,
+            port=port + settings.engine_index,
+            num_ports=1 if is_given else PORTS_TO_TRY,
+        )
+    except PortTaken as error:
+        raise InvalidSetting(
+            "GLMQ_METRICS_PORT",
+            f"{error.strerror}",
+            "Give another port, or each worker of this machine its own GLMQ_WORKER_INDEX, or 0 to serve no metrics.",
+        ) from error
+    except OSError as error:
+        raise InvalidSetting(
+            "GLMQ_METRICS_HOST",
+            f"{settings.metrics_host!r} cannot be listened at ({error.strerror or error})",
+            "Use an address of this machine, such as 127.0.0.1 or 0.0.0.0.",
+        ) from error
+
+
+def _names(joined: str) -> list[str]:
+    return [name for name in joined.split(",") if name]
 
 
 def engine_config(settings: WorkerSettings, adapters: ServedAdapters, *, is_first: bool) -> EngineConfig:
@@ -422,10 +529,14 @@ def compose(settings: WorkerSettings) -> Celery:
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m workers`: one worker in the foreground. Returns the exit code: 0 after a drain."""
     options = vars(_parser().parse_args(argv))
-    set_up_log(options.pop("log_level"))
+    # First of all with the defaults, so that a bad setting can be told.
+    set_up()
+    keep_log()
     try:
         options["adapters"] = named_folders(options["adapters"] or ()) or None
-        app = compose(WorkerSettings.from_environ(**options))
+        settings = WorkerSettings.from_environ(**options)
+        set_up(settings.log_level, settings.log_form, with_text=settings.log_text)
+        app = compose(settings)
     except (GlmqError, CheckpointError) as error:
         logger.critical("cannot start: %s", error)
         return 1
@@ -514,7 +625,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="how long a drain waits for running requests (default: 25)",
     )
-    parser.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
+    parser.add_argument(
+        "--metrics-port",
+        type=int,
+        metavar="PORT",
+        help="metrics are served at http://GLMQ_METRICS_HOST:PORT/metrics, PORT plus the GPU's index; 0: not at all "
+        "(default: from 9750 on the first that is free, on 127.0.0.1)",
+    )
+    parser.add_argument("--log-level", choices=LEVELS, help="default: INFO")
+    parser.add_argument(
+        "--log-format", choices=FORMS, dest="log_form", help="auto: console at a terminal, else json"
+    )
     return parser
 
 

@@ -14,6 +14,7 @@ from producer.ledger import Ledger, calls
 from producer.settings import Settings
 from workers.claims import Claims
 from workers.engine.messages import Generate, Step
+from workers.metrics import Metrics
 from workers.pool import Ticket
 from workers.prompts import Prompts
 from workers.publisher import Publisher
@@ -78,6 +79,7 @@ class Bench:
     gone: list[RunningRequest] = field(default_factory=list)
     completed: list[Ticket] = field(default_factory=list)
     accepted: list[Ticket] = field(default_factory=list)
+    metrics: Metrics = field(default_factory=lambda: Metrics(model=MODEL))
 
     def __post_init__(self) -> None:
         self.publisher = Publisher(
@@ -87,6 +89,7 @@ class Bench:
             abort=self.aborted.append,
             on_gone=self._on_gone,
             flush_seconds=self.settings.flush_seconds,
+            metrics=self.metrics,
         )
         self.claims = Claims(
             self.ledger,
@@ -96,6 +99,7 @@ class Bench:
             generate=self.generated.append,
             new_detokenizer=Letters,
             end_id=END,
+            metrics=self.metrics,
         )
 
     def _on_gone(self, running: RunningRequest) -> None:

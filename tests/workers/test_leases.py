@@ -27,6 +27,7 @@ def new_leases(bench: Any) -> Iterator[Callable[..., Leases]]:
             lease_seconds=lease_seconds,
             about=lambda: {"model": "chatglm-6b", "slots": 4, "running": len(bench.running)},
             is_stuck=is_stuck,
+            metrics=bench.metrics,
         )
         made.append(leases)
         return leases

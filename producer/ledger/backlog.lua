@@ -1,0 +1,28 @@
+-- What waits in a deployment, for those who watch it.
+-- ARGV: model
+-- Answers {queued requests of the model by priority (10 numbers), ms that the oldest of them has waited, running requests, of these those whose
+-- lease has ended, conversations, dead letters, bytes in use, bytes allowed (0: no limit), {reason, number of refused submissions, ...}}.
+
+local now = now_ms()
+local queue = queue_key(ARGV[1])
+local queued, oldest = {}, 0
+for priority = 0, 9 do
+  local first, last = string.format('%.0f', priority * 5e14), string.format('(%.0f', (priority + 1) * 5e14)
+  queued[priority + 1] = redis.call('ZCOUNT', queue, first, last)
+  local head = redis.call('ZRANGEBYSCORE', queue, first, last, 'WITHSCORES', 'LIMIT', 0, 1)
+  if head[2] then
+    oldest = math.max(oldest, now - math.floor((tonumber(head[2]) - priority * 5e14) / 100))
+  end
+end
+local info = redis.call('INFO', 'memory')
+return {
+  queued,
+  oldest,
+  redis.call('ZCARD', leases_key),
+  redis.call('ZCOUNT', leases_key, '-inf', '(' .. now),
+  redis.call('ZCOUNT', prefix .. 'conversations', now, '+inf'),
+  redis.call('ZCARD', prefix .. 'dead'),
+  tonumber(string.match(info, 'used_memory:(%d+)')) or 0,
+  tonumber(string.match(info, 'maxmemory:(%d+)')) or 0,
+  redis.call('HGETALL', prefix .. 'rejected'),
+}
