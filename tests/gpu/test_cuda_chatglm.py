@@ -19,6 +19,7 @@ from workers.models.chatglm import ChatGLM
 from workers.models.config import ModelConfig
 from workers.models.layout import Layout
 from workers.models.loader import load_model
+from workers.models.quantization import quantize
 
 pytestmark = [
     pytest.mark.gpu,
@@ -220,7 +221,6 @@ def test_prefill_and_decode_agree_with_the_float32_network(
     weights: str, tolerance: float, num_prompts: int, kv: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from workers.models.cuda_chatglm import ChatGLMWeights, CudaChatGLM
-    from workers.models.kernels import weight_packing
 
     if weights == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("e4m3 needs sm_89")
@@ -237,8 +237,8 @@ def test_prefill_and_decode_agree_with_the_float32_network(
                 layer.mlp.dense_h_to_4h,
                 layer.mlp.dense_4h_to_h,
             ):
-                values, scales = weight_packing.quantize(linear.weight.data.half(), bits)
-                linear.weight.data = values.float() * scales.float()[:, None]
+                quantized = quantize(linear.weight.data.half(), bits)
+                linear.weight.data = quantized.values.float() * quantized.scales.float()[:, None]
     model = CudaChatGLM(CONFIG, ChatGLMWeights.from_model(original, weights))
     # Both turn by the angles of a half-precision model.
     monkeypatch.setattr(reference, "rotary", lambda: model.rotary)

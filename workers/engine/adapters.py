@@ -81,7 +81,7 @@ class Adapters:
     ) -> None:
         """bank: None when this engine has no slots. fixed: names that need none, and cannot be changed. why_fixed: what
         somebody is told who wants to load another one where there are no slots."""
-        self._bank = bank
+        self.bank = bank
         self._fixed = frozenset(fixed)
         self._why_fixed = why_fixed
         self._max_rank = max_rank
@@ -128,7 +128,7 @@ class Adapters:
     def load_now(self, name: str, folder: Path) -> None:
         """Knows an adapter and loads it into a free slot. For the engine's start: it blocks. Raises AdapterError."""
         adapter = KnownAdapter(name, folder)
-        if self._bank is None or not self._free_slots:
+        if self.bank is None or not self._free_slots:
             raise AdapterError(
                 folder, f"there is no slot left for the adapter {name}", "Raise --max-adapters"
             )
@@ -138,7 +138,7 @@ class Adapters:
     def load(self, command: LoadAdapter) -> None:
         """Obeys: `settle` tells how it went. The name's present adapter answers until the new one has been read."""
         folder = Path(command.folder)
-        if self._bank is None:
+        if self.bank is None:
             self._tell(command.command_id, problem=self._why_fixed)
         elif not command.now:
             self.know(command.name, folder)
@@ -252,10 +252,10 @@ class Adapters:
         return True
 
     def _put(self, adapter: KnownAdapter, tensors: Adapter) -> None:
-        assert self._bank is not None
+        assert self.bank is not None
         slot = self._free_slots.pop()
         try:
-            self._bank.load(slot, tensors)
+            self.bank.load(slot, tensors)
         except BaseException:
             self._free_slots.append(slot)
             raise
@@ -284,8 +284,8 @@ class Adapters:
         adapter.waiting = []
 
     def _read(self, folder: Path) -> Adapter:
-        assert self._bank is not None
-        return read_adapter(folder, self._bank.shapes, max_rank=self._max_rank)
+        assert self.bank is not None
+        return read_adapter(folder, self.bank.shapes, max_rank=self._max_rank)
 
     # --- slots --------------------------------------------------------------------------------------------------------
 
@@ -309,8 +309,8 @@ class Adapters:
                 self._admit_waiting(adapter)
 
     def _evict(self, adapter: KnownAdapter) -> None:
-        assert self._bank is not None
-        self._bank.clear(adapter.slot)
+        assert self.bank is not None
+        self.bank.clear(adapter.slot)
         self._free_slots.append(adapter.slot)
         self._loaded.remove(adapter)
         adapter.slot, adapter.is_leaving = NO_ADAPTER, False

@@ -7,8 +7,9 @@ from typing import Final, Literal, get_args
 import msgspec
 
 DtypeSetting = Literal["auto", "float16", "bfloat16", "float32"]
-QuantizeSetting = Literal["none", "int8", "int4"]
+QuantizeSetting = Literal["none", "int8", "int4", "fp8"]
 ActivationsSetting = Literal["auto", "int8", "full"]
+CacheSetting = Literal["auto", "int8"]
 
 GIB: Final = 1 << 30
 
@@ -23,7 +24,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: DtypeSetting = "auto"
     """Of weights, computation and cache; auto is the checkpoint's on a GPU and float32 on a CPU."""
     quantize: QuantizeSetting = "none"
-    """What the linear layers of a checkpoint in floating point become while it is loaded."""
+    """What the linear layers of a checkpoint in floating point become while it is loaded. fp8 (e4m3 with a scale a row): on a GPU of Ada or newer only."""
     quantize_head: bool = False
     """The layer that gives the logits becomes int8; so does an embedding that shares its weights."""
     activations: ActivationsSetting = "auto"
@@ -38,6 +39,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks of the KV cache, one of which is never used; None: from `cache_gib`."""
     cache_gib: float | None = None
     """Memory for the KV cache; None: what the device leaves after loading, but no more than all sequences can use."""
+    cache_dtype: CacheSetting = "auto"
+    """auto: the computation's. int8 halves the memory of the KV cache; on a GPU only."""
     context_len: int | None = None
     """Tokens of prompt and answer together, at most; None: the checkpoint's."""
     num_threads: int | None = None
@@ -80,7 +83,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         index = self.device.removeprefix("cuda:")
         if self.device not in ("auto", "cpu", "cuda") and (index == self.device or not index.isdigit()):
             raise ValueError(f"device is {self.device!r}: it must be auto, cpu, cuda or cuda:N")
-        for name, setting in (("dtype", DtypeSetting), ("quantize", QuantizeSetting), ("activations", ActivationsSetting)):
+        for name, setting in (
+            ("dtype", DtypeSetting),
+            ("quantize", QuantizeSetting),
+            ("activations", ActivationsSetting),
+            ("cache_dtype", CacheSetting),
+        ):
             value, choices = getattr(self, name), get_args(setting)
             if value not in choices:
                 raise ValueError(

@@ -123,7 +123,7 @@ class CudaRunner:
             kv_lens=self._tensor(lens, np.int32),
             block_tables=torch.zeros((len(sequences), 1), dtype=torch.int32, device=self._model.device),
             query_starts=self._tensor(np.cumsum([0, *lens]), np.int32),
-            prefix_lens=self._tensor([one.layout.context_len for one in sequences], np.int32),
+            prefix_lens=self._tensor([one.layout.prefix_len for one in sequences], np.int32),
             max_query_len=max(lens),
             max_kv_len=max(lens),
             adapter_slots=self._tensor(np.repeat(adapter_slots, lens)) if any(adapter_slots) else None,

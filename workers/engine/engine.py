@@ -11,15 +11,17 @@ from workers.engine.adapters import Adapters
 from workers.engine.admission import Admission, CannotRun
 from workers.engine.block_manager import BlockManager
 from workers.engine.config import GIB, EngineConfig
+from workers.engine.cuda_runner import CudaRunner
 from workers.engine.loading import load_network
 from workers.engine.messages import FromEngine, Generate, Ready, Refused, Step
-from workers.engine.model_runner import Launched, ModelRunner
+from workers.engine.model_runner import Launched, ModelRunner, Runner
 from workers.engine.sampler import Sampler
 from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence
 from workers.models.adapter_bank import AdapterBank
 from workers.models.batch import KVCache
 from workers.models.config import ModelConfig
+from workers.models.cuda_chatglm import CudaChatGLM, WeightSetting, on_gpu
 from workers.models.network import Network
 from workers.models.tokenizer import Tokenizer
 
@@ -28,7 +30,11 @@ class Engine:
     """Continuous batching over one model on one device. Single-threaded."""
 
     def __init__(
-        self, model: Network, tokenizer: Tokenizer, config: EngineConfig, adapters: Adapters | None = None
+        self,
+        model: Network | CudaChatGLM,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        adapters: Adapters | None = None,
     ) -> None:
         """adapters: those of this model; None: it takes none."""
         self.adapters = adapters or Adapters(None)
@@ -36,6 +42,9 @@ class Engine:
         self._device = model.device
         self._dtype = model.dtype
         context_len = config.context_len or model.config.max_sequence_length
+        is_int8_cache = config.cache_dtype == "int8"
+        if is_int8_cache and not isinstance(model, CudaChatGLM):
+            raise ValueError("cache_dtype is int8: only the CUDA kernels have it. Use auto on this device")
         num_blocks = config.num_blocks or _num_blocks(model, config, context_len)
         block_manager = BlockManager(num_blocks, config.block_size)
         # Any sequence must be able to run alone to its end.
@@ -54,13 +63,28 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             device=model.device,
         )
-        self._runner = ModelRunner(
-            model,
-            new_cache(model, num_blocks, config.block_size),
-            sampler,
-            max_num_seqs=config.max_num_seqs,
-            context_len=self.context_len,
-        )
+        cache = new_cache(model, num_blocks, config.block_size, is_int8=is_int8_cache)
+        self._runner: Runner
+        if isinstance(model, CudaChatGLM):
+            self._runner = CudaRunner(
+                model,
+                cache,
+                sampler,
+                first_id=tokenizer.first_id,
+                end_id=tokenizer.end_id,
+                eos_id=tokenizer.eos_id,
+                max_num_seqs=config.max_num_seqs,
+                context_len=self.context_len,
+            )
+            self._runner.capture()
+        else:
+            self._runner = ModelRunner(
+                model,
+                cache,
+                sampler,
+                max_num_seqs=config.max_num_seqs,
+                context_len=self.context_len,
+            )
         self._sequences: dict[int, Sequence] = {}
         self._launched: Launched | None = None
         """A step whose tokens were not read yet."""
@@ -75,9 +99,13 @@ class Engine:
         tokenizer = Tokenizer.from_folder(config.checkpoint, model_config)
         merged = next(iter(config.adapters.items()), None) if config.merge_adapter else None
         model = load_network(config, model_config, adapter=merged[1] if merged else None)
+        weights: WeightSetting | None = "fp8" if config.quantize == "fp8" else None
+        fast = on_gpu(model, weights) if model.device.type == "cuda" else None
         # Before the cache, which takes the memory that is left.
         adapters = _adapters(model, config, merged[0] if merged else None)
-        return cls(model, tokenizer, config, adapters)
+        if fast is not None:
+            fast.bank = adapters.bank
+        return cls(fast or model, tokenizer, config, adapters)
 
     def step(self) -> Step:
         """The next token of some sequences. Call it only while there is work.
@@ -184,12 +212,18 @@ class Engine:
         return advanced
 
 
-def new_cache(model: Network, num_blocks: int, block_size: int) -> KVCache:
-    """An empty cache for this model, on its device and in its dtype."""
+def new_cache(
+    model: Network | CudaChatGLM, num_blocks: int, block_size: int, *, is_int8: bool = False
+) -> KVCache:
+    """An empty cache for this model, on its device and in its dtype, or in int8 with scales."""
     config = model.config
     shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
-    keys, values = (torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2))
-    return KVCache(keys, values)
+    dtype = torch.int8 if is_int8 else model.dtype
+    keys, values = (torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(2))
+    if not is_int8:
+        return KVCache(keys, values)
+    scales = (torch.zeros(shape[:-1], dtype=torch.float16, device=model.device) for _ in range(2))
+    return KVCache(keys, values, *scales)
 
 
 def _adapters(model: Network, config: EngineConfig, merged: str | None) -> Adapters:
@@ -208,12 +242,14 @@ def _adapters(model: Network, config: EngineConfig, merged: str | None) -> Adapt
     return adapters
 
 
-def _num_blocks(model: Network, config: EngineConfig, context_len: int) -> int:
+def _num_blocks(model: Network | CudaChatGLM, config: EngineConfig, context_len: int) -> int:
     """Blocks that the memory allows, but no more than all sequences can use; at least one whole sequence's."""
     shape = model.config
-    block_bytes = (
-        2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * config.block_size * model.dtype.itemsize
+    # In int8 each vector has a scale of two bytes.
+    vector_bytes = (
+        shape.head_dim * model.dtype.itemsize if config.cache_dtype == "auto" else shape.head_dim + 2
     )
+    block_bytes = 2 * shape.num_layers * shape.num_kv_heads * config.block_size * vector_bytes
     blocks_per_seq = -(-context_len // config.block_size)
     if config.cache_gib is not None:
         return max(int(config.cache_gib * GIB) // block_bytes, 2)

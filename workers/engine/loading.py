@@ -20,7 +20,7 @@ from workers.models.quantization import Bits
 
 logger = logging.getLogger(__name__)
 
-BITS: Final[dict[QuantizeSetting, Bits | None]] = {"none": None, "int8": 8, "int4": 4}
+BITS: Final[dict[QuantizeSetting, Bits | None]] = {"none": None, "int8": 8, "int4": 4, "fp8": None}
 
 
 def load_network(
@@ -31,6 +31,8 @@ def load_network(
     Raises CheckpointError, or ValueError for a device or a package that is not there.
     """
     device = find_device(config.device)
+    if config.quantize == "fp8" and device.type != "cuda":
+        raise ValueError(f"quantize is fp8, which a {device.type} has not. Use int8 or int4")
     return load_model(
         config.checkpoint,
         dtype=_compute_dtype(config, model_config, device),

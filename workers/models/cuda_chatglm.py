@@ -6,6 +6,7 @@ sampling; launches only, so that a decode can be captured.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, cast
@@ -17,9 +18,15 @@ from workers.models.adapter_bank import AdapterBank, MaskedRows
 from workers.models.batch import Batch, KVCache
 from workers.models.chatglm import RESIDUAL_SCALE, ChatGLM, Layer
 from workers.models.config import ModelConfig
-from workers.models.kernels import cuda_linear, cuda_ops
+from workers.models.kernels import cuda_driver, cuda_linear, cuda_ops
 from workers.models.kernels.cuda_linear import Activations, Format, LinearWeight
+from workers.models.kernels.weight_packing import can_pack
 from workers.models.layers import LayerNorm, rotary_tables
+from workers.models.linear import QuantizedEmbedding, QuantizedLinear
+from workers.models.network import Network
+from workers.models.quantization import dequantize, integers
+
+logger = logging.getLogger(__name__)
 
 WeightSetting = Literal["fp16", "int8", "int4", "fp8"]
 
@@ -59,14 +66,15 @@ class ChatGLMWeights:
     def from_model(
         cls,
         model: ChatGLM,
-        weights: WeightSetting = "fp16",
-        head: WeightSetting = "fp16",
+        weights: WeightSetting | None = None,
+        head: WeightSetting | None = None,
         device: torch.device | str = "cuda",
     ) -> ChatGLMWeights:
-        """Takes the parameters of a half-precision model, wherever it is, to a GPU, and quantizes its linear layers there.
+        """Takes the parameters of a half-precision model, wherever it is, to a GPU.
 
-        One layer after another gives up its weights, so that the GPU never holds more than one in fp16 beside the
-        quantized ones. The model keeps its modules, but cannot be run afterwards.
+        Quantized layers stay what they are; `weights` and `head` quantize the others. One layer after another gives up its
+        weights, so that the GPU never holds more than one of them twice. The model keeps its modules, but cannot be run
+        afterwards.
         """
         if model.dtype != torch.float16:
             raise ValueError(f"the model is {model.dtype}: it must be float16")
@@ -74,37 +82,38 @@ class ChatGLMWeights:
         def norm(module: LayerNorm) -> Norm:
             return Norm(module.weight.data.to(device), module.bias.data.to(device))
 
-        def linear(module: nn.Module) -> LinearWeight:
-            plain = cast(nn.Linear, module)
-            taken = LinearWeight.from_dense(
-                plain.weight.data.to(device), plain.bias.data.to(device), FORMATS[weights]
-            )
-            plain.weight.data = plain.weight.data.new_empty(0)
+        def linear(module: nn.Module, setting: WeightSetting | None) -> LinearWeight:
+            if not isinstance(module, nn.Linear | QuantizedLinear):
+                raise ValueError(f"a {type(module).__name__} has no form on a GPU")
+            bias = None if module.bias is None else module.bias.data.to(device=device, dtype=torch.float16)
+            stored = module.weight.data.to(device)
+            if isinstance(module, QuantizedLinear):
+                values, scales = integers(stored, module.bits), module.weight_scale.to(device)
+                taken = LinearWeight.from_integers(values, scales, bias, module.bits)
+            else:
+                taken = LinearWeight.from_dense(stored.half(), bias, FORMATS[setting or "fp16"])
+            module.weight.data = module.weight.data.new_empty(0)
             return taken
 
         transformer = model.transformer
+        embedding = _embedding(transformer.word_embeddings, device)
+        if model.lm_head.weight is transformer.word_embeddings.weight:
+            taken_head = LinearWeight.from_dense(embedding, None, FORMATS[head or "fp16"])
+        else:
+            taken_head = linear(model.lm_head, head)
+        transformer.word_embeddings.weight.data = transformer.word_embeddings.weight.data.new_empty(0)
         layers = tuple(
             LayerWeights(
                 norm(layer.input_layernorm),
-                linear(layer.attention.query_key_value),
-                linear(layer.attention.dense),
+                linear(layer.attention.query_key_value, weights),
+                linear(layer.attention.dense, weights),
                 norm(layer.post_attention_layernorm),
-                linear(layer.mlp.dense_h_to_4h),
-                linear(layer.mlp.dense_4h_to_h),
+                linear(layer.mlp.dense_h_to_4h, weights),
+                linear(layer.mlp.dense_4h_to_h, weights),
             )
             for layer in cast(Sequence[Layer], transformer.layers)
         )
-        embedding = transformer.word_embeddings.weight.data.to(device)
-        is_tied = model.lm_head.weight is transformer.word_embeddings.weight
-        dense_head = embedding if is_tied else model.lm_head.weight.data.to(device)
-        for module in (transformer.word_embeddings, model.lm_head):
-            module.weight.data = module.weight.data.new_empty(0)
-        return cls(
-            embedding,
-            layers,
-            norm(transformer.final_layernorm),
-            LinearWeight.from_dense(dense_head, None, FORMATS[head]),
-        )
+        return cls(embedding, layers, norm(transformer.final_layernorm), taken_head)
 
     @classmethod
     def random(
@@ -367,6 +376,57 @@ class CudaChatGLM:
         if not cuda_linear.takes_e4m3(reader, one.num_rows):
             return Activations(out)
         return Activations(out, *cuda_linear.empty_e4m3(out))
+
+
+def on_gpu(
+    model: Network, weights: WeightSetting | None = None, head: WeightSetting | None = None
+) -> CudaChatGLM | None:
+    """This network, which is on a GPU, on the fast kernels; None, and one line in the log, when they cannot run it.
+
+    Raises ValueError for e4m3 weights that they cannot run: nothing else has them.
+    """
+    reason = _why_not(model)
+    if weights == "fp8" and reason is None and torch.cuda.get_device_capability(model.device) < (8, 9):
+        reason = f"{torch.cuda.get_device_name(model.device)} has no e4m3 (compute capability 8.9)"
+    if reason is None:
+        try:
+            cuda_driver.check()
+        except cuda_driver.CudaUnavailableError as error:
+            reason = str(error)
+    if reason is not None and weights == "fp8":
+        raise ValueError(f"quantize is fp8, but {reason}. Use int8 or int4")
+    if reason is not None or not isinstance(model, ChatGLM):
+        logger.warning("The fast CUDA kernels are off, PyTorch's run instead: %s", reason)
+        return None
+    taken = ChatGLMWeights.from_model(model, weights, head, model.device)
+    return CudaChatGLM(model.config, taken)
+
+
+def _why_not(model: Network) -> str | None:
+    config = model.config
+    if not isinstance(model, ChatGLM):
+        return f"they have no {type(model).__name__}"
+    if model.dtype != torch.float16:
+        return f"the model runs in {str(model.dtype).removeprefix('torch.')}, and they are made for float16"
+    if torch.cuda.get_device_capability(model.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(model.device)} is older than Ampere (compute capability 8.0)"
+    shapes = [
+        (3 * config.hidden_size, config.hidden_size),
+        (config.inner_hidden_size, config.hidden_size),
+        (config.hidden_size, config.inner_hidden_size),
+        (config.vocab_size, config.hidden_size),
+    ]
+    if config.head_dim not in cuda_ops.HEAD_DIMS or not all(can_pack(*shape) for shape in shapes):
+        return f"they have no heads of {config.head_dim} values, or widths that are no multiples of 64"
+    return None
+
+
+def _embedding(module: nn.Module, device: torch.device | str) -> torch.Tensor:
+    """[V, H] fp16"""
+    if isinstance(module, QuantizedEmbedding):
+        scales = module.weight_scale.to(device)
+        return dequantize(module.weight.to(device), scales, module.bits, torch.float16)
+    return cast(nn.Embedding, module).weight.data.to(device=device, dtype=torch.float16)
 
 
 def _layer_caches(cache: KVCache) -> Iterator[cuda_ops.LayerCache]:

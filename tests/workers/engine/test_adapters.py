@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -44,10 +45,15 @@ class DrivenEngine:
         self.changes: list[AdaptersChanged] = []
 
     def add(
-        self, sequence_id: int, adapter: str | None, prompt: str = QUESTION, emitted=(), **sampling: Any
+        self,
+        sequence_id: int,
+        adapter: str | None,
+        prompt: str | list[int] = QUESTION,
+        emitted=(),
+        **sampling: Any,
     ) -> None:
         self.answers[sequence_id] = []
-        ids = self._tokenizer.build_prompt(prompt)
+        ids = self._tokenizer.build_prompt(prompt) if isinstance(prompt, str) else prompt
         fields = {"max_new_tokens": 12, "seed": sequence_id, "min_new_tokens": 12, **sampling}
         refused = self.engine.add(Generate(sequence_id, ids, Sampling(**fields), list(emitted), adapter))
         if refused is not None:
@@ -176,6 +182,23 @@ def test_a_batch_of_base_and_adapters_gives_each_what_it_gets_alone(new_engine, 
         apart.add(index, adapter, **fields)
         apart.run()
     assert together.run() == apart.answers
+
+
+@pytest.mark.parametrize(
+    "model", ["chatglm-6b-tiny", "chatglm-6b-realvocab", "chatglm2-6b-tiny", "chatglm2-6b-realvocab"]
+)
+@pytest.mark.parametrize("merge", [False, True])
+def test_greedy_answers_equal_the_originals(golden_root, model, merge):
+    folder = golden_root / model
+    data = json.loads((folder / "golden_model.json").read_text(encoding="utf-8"))
+    adapters = {"lora": str(folder / "lora")}
+    engine = DrivenEngine(folder, dtype="float32", adapters=adapters, merge_adapter=merge, context_len=256)
+    expected = {prompt["index"]: prompt["greedy_new_ids"] for prompt in data["lora"]["prompts"]}
+    for index, ids in expected.items():
+        prompt = data["prompts"][index]["input_ids"]
+        engine.add(index, "lora", prompt, max_new_tokens=len(ids), min_new_tokens=0, **GREEDY)
+    assert engine.run() == expected
+    assert len(expected) == 3
 
 
 def test_an_adapter_that_is_merged_at_load_says_what_it_says_unmerged(new_engine, folders, alone):
@@ -502,7 +525,7 @@ def test_whatever_happens_each_answer_is_that_of_its_adapter_and_nothing_is_lost
         assert engine.answers[sequence_id] == answer, sequence_id
     adapters = engine.engine.adapters
     slots = sorted([*adapters._free_slots, *(adapter.slot for adapter in adapters._loaded)])
-    assert slots == list(range(1, adapters._bank.num_slots + 1))
+    assert slots == list(range(1, adapters.bank.num_slots + 1))
     assert all(adapter.is_idle for adapter in adapters._loaded)
 
 

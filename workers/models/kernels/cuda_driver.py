@@ -76,6 +76,12 @@ def _nvrtc() -> ctypes.CDLL:
     )
 
 
+def check() -> None:
+    """Raises CudaUnavailableError when kernels cannot be built or run here."""
+    _driver()
+    _nvrtc()
+
+
 def _check(code: int, action: str) -> None:
     if code:
         text = ctypes.c_char_p()

@@ -15,6 +15,7 @@ import torch
 from workers.models.kernels import weight_packing
 from workers.models.kernels.cuda_driver import Kernel
 from workers.models.kernels.cuda_ops import run_dequantize, run_rows
+from workers.models.quantization import Bits, quantize
 
 Format = Literal["INT4", "INT8", "E4M3", "F16"]
 
@@ -276,13 +277,13 @@ class LinearWeight:
             scales = (weight.abs().amax(dim=1).float() / E4M3_MAX).clamp(min=1e-12)
             stored = (weight.float() / scales.unsqueeze(1)).to(torch.float8_e4m3fn)
             return cls("E4M3", stored, scales, bias, out_features, in_features)
-        bits: weight_packing.Bits = 4 if weight_format == "INT4" else 8
-        values, half_scales = weight_packing.quantize(weight, bits)
-        return cls.from_integers(values, half_scales, bias, bits)
+        bits: Bits = 4 if weight_format == "INT4" else 8
+        quantized = quantize(weight, bits)
+        return cls.from_integers(quantized.values, quantized.scales, bias, bits)
 
     @classmethod
     def from_integers(
-        cls, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, bits: weight_packing.Bits
+        cls, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, bits: Bits
     ) -> LinearWeight:
         """values: int8 [out, in]; scales: [out]."""
         packed = weight_packing.pack(values, bits)

@@ -1,4 +1,4 @@
-"""Integer weights of a linear layer: quantizing (CHATGLM.md C), and the order in which the tensor cores take them.
+"""The order in which the tensor cores take a linear layer's integer weights.
 
 Plain tensor shuffling on any device. Knows nothing about kernels or layers.
 
@@ -9,27 +9,14 @@ products of 16 x 16. With g = lane // 4 and t = lane % 4, operand i of product s
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
 import torch
 
-Bits = Literal[4, 8]
+from workers.models.quantization import Bits
 
 TILE_ROWS: Final = 16
 TILE_INPUTS: Final = 64
-
-
-def quantize(weight: torch.Tensor, bits: Bits) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values int8 [out, in], scales fp16 [out]) with weight ≈ values * scale, symmetric, one scale a row.
-
-    As the original quantizes, bit for bit, but values are clamped and a row whose scale rounds to zero becomes zero.
-    """
-    largest = 2 ** (bits - 1) - 1
-    scales = (weight.abs().amax(dim=1) / largest).half()
-    divisor = scales.to(weight.dtype).unsqueeze(1)
-    values = torch.round(weight / divisor).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    values = values.masked_fill(divisor == 0, 0)
-    return values.clamp(-largest - 1, largest).to(torch.int8), scales
 
 
 def can_pack(out_features: int, in_features: int) -> bool:
