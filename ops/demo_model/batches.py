@@ -23,7 +23,9 @@ from ops.demo_model.tasks.example import Example
 
 Ints = npt.NDArray[np.int64]
 PAD_ID = 3
-EXAMPLES_PER_SHARD = 6000
+EXAMPLES_PER_SHARD = 3000
+WARM_SHARDS = 48
+"""In so many shards the weights of the tasks go from those of the start to the lasting ones."""
 LENGTH_STEP = 16
 """Rows are padded to a multiple of this: attention kernels want aligned lengths."""
 
@@ -106,7 +108,8 @@ class Shards:
         """The batches of one shard, in random order."""
         rng = random.Random(f"{self.seed}:{index}")
         encoder = Encoder(self.model_file)
-        encoded = [encoder.example(mixture.draw(rng)) for _ in range(EXAMPLES_PER_SHARD)]
+        warmth = max(0.0, 1 - index / WARM_SHARDS)
+        encoded = [encoder.example(mixture.draw(rng, warmth)) for _ in range(EXAMPLES_PER_SHARD)]
         fitting = [one for one in encoded if len(one[0]) <= self.max_len]
         batches = [collate(group) for group in cut(fitting, self.tokens)]
         rng.shuffle(batches)

@@ -46,6 +46,17 @@ class Shape:
         }
 
 
+def is_branch_end(name: str) -> bool:
+    """Whether this parameter makes the output of a residual branch.
+
+    The branch is weighed against ALPHA times a normalised input. Made ALPHA times larger, and trained at ALPHA times the
+    rate, it is an ordinary post-LN branch; otherwise copying is learned in twice as many steps.
+    """
+    return name.endswith(
+        ("attention.dense.weight", "attention.dense.bias", "dense_4h_to_h.weight", "dense_4h_to_h.bias")
+    )
+
+
 class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -54,7 +65,7 @@ class Attention(nn.Module):
         self.dense = nn.Linear(shape.hidden_size, shape.hidden_size)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """x [B, S, H]; rotary: cos and sin [B, 1, S, D]; mask [B, 1, S, S], true where visible."""
+        """x [B, S, H]; rotary: cos and sin [B, 1, S, D]; mask [B, 1, S, S], added to the scores."""
         batch, length, hidden = x.shape
         fused = self.query_key_value(x).view(batch, length, self.num_heads, -1).transpose(1, 2)
         query, key, value = fused.chunk(3, dim=-1)
@@ -116,9 +127,7 @@ class ChatGLM(nn.Module):
             elif "embeddings" in name:
                 nn.init.normal_(parameter, std=0.03)
             elif parameter.dim() == 2:
-                # The residual branch is weighed against ALPHA times a normalised input: its last linear begins larger
-                # than usual, or the first thousand steps are spent on growing it.
-                gain = 2.0 if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")) else 1.0
+                gain = ALPHA if is_branch_end(name) else 1.0
                 nn.init.normal_(parameter, std=gain / math.sqrt(parameter.shape[1]))
 
     def forward(self, ids: Tensor, context_lens: Tensor, wanted: Tensor) -> Tensor:
@@ -130,11 +139,18 @@ class ChatGLM(nn.Module):
         context = context_lens[:, None]
         first = torch.minimum(place, context - 1)
         block = (place - context + 1).clamp(min=0)
-        rotary = self._rotary(first, block)
-        mask = (place[:, None] >= place)[None] | (place < context)[:, None, :]
+        device = ids.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        cos, sin = self._rotary(first, block)
+        rotary = cos.to(dtype), sin.to(dtype)
+        visible = (place[:, None] >= place)[None] | (place < context)[:, None, :]
+        # What attention adds to the scores; once for all layers.
+        mask = torch.zeros(visible.shape, dtype=dtype, device=ids.device).masked_fill_(~visible, -math.inf)[
+            :, None
+        ]
         x = self.transformer.word_embeddings(ids)
         for layer in self.transformer.layers:
-            x = layer(x, rotary, mask[:, None])
+            x = layer(x, rotary, mask)
         x = self.transformer.final_layernorm(x.flatten(0, 1)[wanted])
         return functional.linear(x, self.transformer.word_embeddings.weight)
 
@@ -148,4 +164,4 @@ class ChatGLM(nn.Module):
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b, c, d = x.chunk(4, dim=-1)
-    return (x * cos + torch.cat((-b, a, -d, c), dim=-1) * sin).to(x.dtype)
+    return x * cos + torch.cat((-b, a, -d, c), dim=-1) * sin

@@ -1,4 +1,4 @@
-"""Trains the demo checkpoint: `python ops/demo_model/train.py`. Writes workers/models/demo.
+"""Trains the demo checkpoint: `python ops/demo_model/train.py`. Writes workers/models/demo, the tokenizer too if there is none.
 
 On a GPU this takes minutes, on a CPU days (see README.md). The data depends on the seed alone; two runs differ only by the
 order in which a device adds floating-point numbers.
@@ -18,15 +18,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from ops.demo_model import train_tokenizer  # noqa: E402
 from ops.demo_model.batches import Batch, Encoder, Shards, fixed  # noqa: E402
 from ops.demo_model.held_out import evaluation_sets  # noqa: E402
-from ops.demo_model.model import ChatGLM, Shape  # noqa: E402
+from ops.demo_model.model import ALPHA, ChatGLM, Shape, is_branch_end  # noqa: E402
 
 CHECKPOINT = ROOT / "workers" / "models" / "demo"
 WEIGHTS_FILE = "model.safetensors"
@@ -38,9 +39,7 @@ MAX_GRADIENT_NORM = 1.0
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--out", type=Path, default=CHECKPOINT, help="folder to write, with its tokenizer in it"
-    )
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder to write")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=7000)
@@ -48,7 +47,7 @@ def arguments() -> argparse.Namespace:
         "--seconds", type=float, default=math.inf, help="end earlier, with the same decay of the rate"
     )
     parser.add_argument("--tokens", type=int, default=32_768, help="of a batch, padding included")
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
+    parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--start", type=Path, help="go on from these weights")
     parser.add_argument(
         "--processes", type=int, default=max(0, (os.cpu_count() or 1) - 2), help="that make data"
@@ -61,11 +60,13 @@ def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = True
-    tokenizer_file = CHECKPOINT / "ice_text.model"
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer_file = args.out / train_tokenizer.MODEL_FILE
+    if not tokenizer_file.exists():
+        tokenizer_file.write_bytes(train_tokenizer.train())
     encoder = Encoder(tokenizer_file)
     shape = Shape()
     model = ChatGLM(shape).to(args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
     start = args.out / WEIGHTS_FILE if args.evaluate else args.start
     if start:
         model.load_state_dict({name: t.float() for name, t in load_file(start).items()})
@@ -97,14 +98,7 @@ def main() -> None:
 
 def fit(model: ChatGLM, batches: Iterator[Batch], args: argparse.Namespace) -> int:
     """Trains for `args.steps` steps or `args.seconds`; says how many steps it was."""
-    decayed = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
-        lr=args.rate,
-        betas=BETAS,
-        fused=args.device == "cuda",
-    )
+    optimizer = torch.optim.AdamW(_groups(model), lr=args.rate, betas=BETAS, fused=args.device == "cuda")
     began = time.monotonic()
     shown, tokens, total = began, 0, torch.zeros((), device=args.device)
     for step in range(1, args.steps + 1):
@@ -113,7 +107,12 @@ def fit(model: ChatGLM, batches: Iterator[Batch], args: argparse.Namespace) -> i
         if done >= 1 and step < args.steps:
             return step
         for group in optimizer.param_groups:
-            group["lr"] = args.rate * min(step / WARMUP_STEPS, 1.0) * (0.5 + 0.5 * math.cos(math.pi * done))
+            group["lr"] = (
+                group["scale"]
+                * args.rate
+                * min(step / WARMUP_STEPS, 1.0)
+                * (0.5 + 0.5 * math.cos(math.pi * done))
+            )
         batch = next(batches)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
             logits = model(*on_device(batch, args.device))
@@ -133,6 +132,22 @@ def fit(model: ChatGLM, batches: Iterator[Batch], args: argparse.Namespace) -> i
             )
             shown, tokens, total = now, 0, torch.zeros_like(total)
     return int(args.steps)
+
+
+def _groups(model: ChatGLM) -> list[dict[str, object]]:
+    """Parameters by their weight decay and by what their learning rate is multiplied with."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault((parameter.dim() == 2, is_branch_end(name)), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "scale": ALPHA if ends else 1.0,
+            # Decay is multiplied with the learning rate; it shall be the same for all.
+            "weight_decay": WEIGHT_DECAY / (ALPHA if ends else 1.0) if decays else 0.0,
+        }
+        for (decays, ends), parameters in groups.items()
+    ]
 
 
 def on_device(batch: Batch, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,6 +181,8 @@ def write(model: ChatGLM, folder: Path, config: dict[str, object]) -> None:
     """The checkpoint's config and fp16 weights."""
     weights = {name: t.detach().half().cpu().contiguous() for name, t in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    # The library makes a file that only its owner can read.
+    (folder / WEIGHTS_FILE).chmod(0o644)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

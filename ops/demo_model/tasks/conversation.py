@@ -67,15 +67,13 @@ class Conversation:
         topic = self.rng.choice(questions.topics(language))
         if remember:
             self._touch(topic)
-        return self.add(
-            questions.ask(self.rng, topic.question, language, self.held_out), topic.question.answer
-        )
+        return self.add(questions.ask_topic(self.rng, topic, self.held_out), topic.question.answer)
 
     def add_topic_with_follow_up(self) -> tuple[str, str]:
         """A question whose topic has follow-ups."""
         topic = self.rng.choice([topic for topic in questions.topics(self.language) if topic.follow_ups])
         self._touch(topic)
-        return self.add(questions.ask(self.rng, topic.question, self.language), topic.question.answer)
+        return self.add(questions.ask_topic(self.rng, topic), topic.question.answer)
 
     def add_follow_up(self) -> tuple[str, str]:
         """A question that needs the topic of an earlier turn."""
@@ -135,11 +133,11 @@ class Conversation:
     def add_any(self) -> tuple[str, str]:
         """One turn of the mix that a conversation has before the turn that matters."""
         draw = self.rng.random()
-        if draw < 0.40:
+        if draw < 0.32:
             return self.add_question()
-        if draw < 0.52:
+        if draw < 0.42:
             return self.add_follow_up()
-        if draw < 0.78:
+        if draw < 0.74:
             return self.add_statement()
         if draw < 0.86 and self.facts:
             return self.add_fact_question()

@@ -15,7 +15,7 @@ from ops.demo_model.tasks.example import Example, Language, rounds
 def question(rng: random.Random, language: Language, held_out: bool = False) -> Example:
     """One question without a history."""
     topic = rng.choice(questions.topics(language))
-    return Example(questions.ask(rng, topic.question, language, held_out), topic.question.answer, "question")
+    return Example(questions.ask_topic(rng, topic, held_out), topic.question.answer, "question")
 
 
 def outside(rng: random.Random, language: Language, held_out: bool = False) -> Example:

@@ -133,14 +133,28 @@ def outside(language: Language) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def ask_outside(rng: random.Random, language: Language) -> str:
     """A question that the model must decline."""
     draw = rng.random()
-    if draw < 0.5:
+    if draw < 0.35:
         return vary(rng, rng.choice(outside(language)[0]), language)
+    if draw < 0.5:
+        return vary(rng, _estranged(rng, language), language)
     form = rng.choice(_OUTSIDE_FORMS[language])
     if draw < 0.85:
         return vary(rng, form.format(x=rng.choice(words(language, "outside", "thing"))), language)
     return vary(
         rng, form.format(x=noise.phrase(rng, language, rng.randint(1, 3) + (language == "zh"))), language
     )
+
+
+def _estranged(rng: random.Random, language: Language) -> str:
+    """A known question whose subject is replaced by one that the model knows nothing about."""
+    while True:
+        topic = rng.choice(topics(language))
+        text = rng.choice(topic.question.trained)
+        if topic.label in text and topic.area != "chat":
+            subject = words(language, "outside", "thing") if rng.random() < 0.7 else None
+            return text.replace(
+                topic.label, rng.choice(subject) if subject else noise.phrase(rng, language, 2)
+            )
 
 
 # --- many ways to ask ------------------------------------------------------------------------------------------------
@@ -222,13 +236,128 @@ def vary(rng: random.Random, text: str, language: Language, strength: float = 1.
         if old in text and rng.random() < 0.25 * strength:
             text = text.replace(old, rng.choice(others), 1)
             break
-    if rng.random() < 0.15 * strength and len(text) > 5:
-        text = _slip(rng, text, language)
+    if rng.random() < 0.2 * strength:
+        text = _without_small_words(rng, text, language)
+    if rng.random() < 0.15 * strength:
+        text = _with_words_between(rng, text, language)
+    for _ in range(2):
+        if rng.random() < 0.12 * strength and len(text) > 5:
+            text = _slip(rng, text, language)
     if language == "en" and rng.random() < 0.35:
         text = text.lower() if rng.random() < 0.9 else text.upper()
     if rng.random() < 0.15 * strength:
         text = rng.choice(_OPENINGS[language]) + text
     return text + rng.choice(_ENDINGS[language])
+
+
+_SMALL_ZH = [
+    "怎么",
+    "如何",
+    "怎样",
+    "应该",
+    "什么",
+    "哪些",
+    "的",
+    "了",
+    "吗",
+    "呢",
+    "要",
+    "该",
+    "有",
+    "是",
+    "我",
+    "在",
+    "会",
+    "能",
+    "可以",
+    "请",
+    "才",
+    "都",
+]
+_SMALL_EN = frozenset(
+    [
+        "the",
+        "a",
+        "an",
+        "i",
+        "my",
+        "do",
+        "does",
+        "to",
+        "of",
+        "for",
+        "is",
+        "are",
+        "it",
+        "in",
+        "on",
+        "with",
+        "should",
+        "can",
+        "how",
+        "what",
+        "which",
+        "that",
+        "you",
+        "me",
+        "when",
+    ]
+)
+_BETWEEN: dict[Language, tuple[str, ...]] = {
+    "zh": (
+        "最近",
+        "总是",
+        "有点",
+        "一直",
+        "到底",
+        "现在",
+        "平时",
+        "真的",
+        "突然",
+        "比较",
+        "经常",
+        "我",
+        "我们",
+        "一般",
+        "好像",
+        "又",
+    ),
+    "en": (
+        "please",
+        "really",
+        "often",
+        "now",
+        "today",
+        "usually",
+        "always",
+        "a bit",
+        "lately",
+        "again",
+        "actually",
+        "safely",
+    ),
+}
+
+
+def _without_small_words(rng: random.Random, text: str, language: Language) -> str:
+    """The question as people type it into a search box."""
+    if language == "en":
+        kept = [word for word in text.split() if word.lower() not in _SMALL_EN or rng.random() < 0.4]
+        return " ".join(kept) if len(kept) > 1 else text
+    for word in _SMALL_ZH:
+        if word in text and rng.random() < 0.6 and len(text) - len(word) >= 4:
+            text = text.replace(word, " " if rng.random() < 0.2 else "", 1)
+    return text.strip()
+
+
+def _with_words_between(rng: random.Random, text: str, language: Language) -> str:
+    extra = rng.choice(_BETWEEN[language])
+    if language == "en":
+        parts = text.split()
+        parts.insert(rng.randint(1, len(parts)), extra)
+        return " ".join(parts)
+    at = rng.choice((0, 0, rng.randint(0, len(text))))
+    return text[:at] + extra + text[at:]
 
 
 def _slip(rng: random.Random, text: str, language: Language) -> str:
@@ -251,3 +380,35 @@ def ask(rng: random.Random, question: Question, language: Language, held_out: bo
     if held_out and question.held_out is not None:
         return question.held_out
     return vary(rng, rng.choice(question.trained), language)
+
+
+_ABOUT: dict[Language, tuple[str, ...]] = {
+    "zh": (
+        "{label}",
+        "关于{label}",
+        "说说{label}",
+        "{label}怎么办",
+        "我想了解{label}",
+        "{label}要注意什么",
+        "讲讲{label}",
+        "{label}的问题",
+    ),
+    "en": (
+        "{label}",
+        "About {label}",
+        "Tell me about {label}",
+        "What about {label}",
+        "I have a question about {label}",
+        "Help with {label}",
+        "Advice on {label}",
+    ),
+}
+
+
+def ask_topic(rng: random.Random, topic: Topic, held_out: bool = False) -> str:
+    """One way to ask a topic's question; now and then it only names the topic."""
+    if not held_out and topic.area != "chat" and rng.random() < 0.08:
+        return vary(
+            rng, rng.choice(_ABOUT[topic.language]).replace("{label}", topic.label), topic.language, 0.5
+        )
+    return ask(rng, topic.question, topic.language, held_out)
