@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import threading
 from collections.abc import MutableMapping
+from types import TracebackType
 from typing import Any, Final, Literal, TextIO, get_args
 
 import msgspec
@@ -59,6 +61,18 @@ def set_up(
     root.setLevel(logging.WARNING)
     logging.getLogger("workers").setLevel(level)
     logging.captureWarnings(True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = lambda args: _log_uncaught(args.exc_type, args.exc_value, args.exc_traceback)
+
+
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None
+) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        return
+    logging.getLogger("workers").critical(
+        "uncaught %s", kind.__name__, exc_info=(kind, error or kind(), traceback)
+    )
 
 
 def _without_text(_logger: object, _method: str, event: _Processed) -> _Processed:

@@ -185,7 +185,9 @@ def _pin_device(config: EngineConfig, environ: dict[str, str]) -> tuple[EngineCo
     if visible and index >= len(visible):
         raise ValueError(f"device is cuda:{index}, but CUDA_VISIBLE_DEVICES has only {len(visible)} devices")
     name = visible[index] if visible else str(index)
-    return msgspec.structs.replace(config, device="cuda"), {**environ, "CUDA_VISIBLE_DEVICES": name}
+    # Count as the driver does, and nvidia-smi, and the metrics; CUDA's own order puts the fastest card first.
+    environ = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **environ, "CUDA_VISIBLE_DEVICES": name}
+    return msgspec.structs.replace(config, device="cuda"), environ
 
 
 def _exit_text(exit_code: int | None) -> str:

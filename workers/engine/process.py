@@ -6,6 +6,7 @@ gone; a failing step ends it too, with a `Fatal` that says why, because the stat
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 import msgspec
 
@@ -32,6 +33,9 @@ from workers.engine.messages import (
     UnloadAdapter,
     to_engine_decoder,
 )
+from workers.logs import Form, set_up
+
+logger = logging.getLogger(__name__)
 
 PARENT_CHECK_SECONDS: Final = 1.0
 LOADING_CHECK_SECONDS: Final = 0.005
@@ -138,6 +142,8 @@ def main(arguments: list[str], new_engine: NewEngine = _native_engine) -> int:
     """Serves the engine that `new_engine` loads. `arguments`: the connection's file descriptor, and the process id of the parent."""
     file_descriptor, parent_pid = map(int, arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What the worker has accepted: it has the same environment.
+    set_up(form=cast(Form, os.environ.get("GLMQ_LOG_FORMAT", "").lower() or "auto"))
     threading.Thread(target=_end_with_parent, args=(parent_pid,), daemon=True).start()
     connection = Connection(file_descriptor)
     try:
@@ -148,8 +154,8 @@ def main(arguments: list[str], new_engine: NewEngine = _native_engine) -> int:
         serve(connection, engine)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 0
-    except Exception as error:  # noqa: BLE001  (the process's boundary: whatever it was, the worker is told)
-        sys.excepthook(type(error), error, error.__traceback__)
+    except Exception as error:  # the process's boundary: whatever it was, the worker is told
+        logger.exception("the engine failed")
         connection.send_bytes(msgspec.msgpack.encode(Fatal(f"{type(error).__name__}: {error}")))
         return 1
     return 0
