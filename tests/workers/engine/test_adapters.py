@@ -170,10 +170,20 @@ def alone(tiny_checkpoint, folders) -> dict[str | None, list[int]]:
 # --- together as alone -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, {"temperature": 0.95}])
-def test_a_batch_of_base_and_adapters_gives_each_what_it_gets_alone(new_engine, folders, sampling):
-    together = new_engine(adapters=known(folders, "abcd"))
-    apart = new_engine(adapters=known(folders, "abcd"))
+@pytest.mark.parametrize(
+    "base",
+    [
+        {},
+        {"quantize": "int8", "activations": "full"},
+        # Not with int8 activations: what rounds differently in a batch of another size may become another integer.
+        {"quantize": "int4", "activations": "full"},
+    ],
+    ids=["float32", "int8", "int4"],
+)
+@pytest.mark.parametrize("sampling", [GREEDY, {"temperature": 0.95}], ids=["greedy", "seeded"])
+def test_a_batch_of_base_and_adapters_gives_each_what_it_gets_alone(new_engine, folders, base, sampling):
+    together = new_engine(adapters=known(folders, "abcd"), **base)
+    apart = new_engine(adapters=known(folders, "abcd"), **base)
     prompts = [QUESTION, "Hello, how are you?", "你好"]
     for index in range(12):
         adapter = [None, "a", "b", "c"][index % 4]
@@ -182,6 +192,8 @@ def test_a_batch_of_base_and_adapters_gives_each_what_it_gets_alone(new_engine, 
         apart.add(index, adapter, **fields)
         apart.run()
     assert together.run() == apart.answers
+    # Of one prompt, by its adapter.
+    assert len({tuple(together.answers[index][:4]) for index in (0, 3, 6, 9)}) == 4
 
 
 @pytest.mark.parametrize(
@@ -209,6 +221,16 @@ def test_an_adapter_that_is_merged_at_load_says_what_it_says_unmerged(new_engine
     assert merged.run()[1] == merged.answers[2] == alone["b"]
     assert merged.refused[3].code == "unknown_adapter"
     assert merged.engine.ready(0).adapters == ["b"]
+
+
+def test_an_adapter_changes_what_int8_activations_give(new_engine, folders):
+    engine = new_engine(adapters=known(folders, "a"), quantize="int4")
+    plain = new_engine(quantize="int4")
+    for driven, adapters in ((engine, (None, "a")), (plain, (None,))):
+        for index, adapter in enumerate(adapters):
+            driven.add(index, adapter, **GREEDY)
+        driven.run()
+    assert engine.answers[0] == plain.answers[0] != engine.answers[1]
 
 
 def test_a_preempted_sequence_keeps_its_adapter(new_engine, folders):
