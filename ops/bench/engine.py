@@ -1,29 +1,38 @@
 """Tokens a second of the engine's decode step, for batches and contexts, on random weights of the full size.
 
     python ops/bench/engine.py --weights int4 --batch 1 16 64 --context 256 [--kv int8] [--head int8]
+    python ops/bench/engine.py --weights fp8 --kv int8 --requests 1024x128x128
 
 Prints each figure beside the roof that memory bandwidth sets (weights and cache read once) and appends it to
-results.jsonl. The whole step counts: network, head, sampling, and the copies of its inputs and tokens.
+results.jsonl. The whole step counts: network, head, sampling, and the copies of its inputs and tokens. `--requests`
+(number x prompt x answer) runs them through the engine itself: scheduling, prefill, decode, tokens on the host.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import itertools
 import json
+import random
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from workers.engine.config import EngineConfig
 from workers.engine.cuda_graphs import DecodeGraph, Vocabulary
+from workers.engine.engine import Engine
+from workers.engine.messages import Generate, Sampling
 from workers.models.batch import Batch, KVCache
 from workers.models.config import ModelConfig
 from workers.models.cuda_chatglm import ChatGLMWeights, CudaChatGLM
+from workers.models.layout import Layout
+from workers.models.tokenizer import Tokenizer
 
 CHATGLM_6B = ModelConfig(
     hidden_size=4096, inner_hidden_size=16384, num_layers=28, num_heads=32, vocab_size=130528
@@ -190,15 +199,77 @@ def prefill_seconds(model: CudaChatGLM, cache: KVCache, num_prompts: int, prompt
     return median_seconds(lambda: model(batch, cache), 5)
 
 
+class FullVocabulary:
+    """The ids of the real tokenizer, which is all that an engine wants of it."""
+
+    first_id, end_id, eos_id = VOCABULARY.first_id, VOCABULARY.end_id, VOCABULARY.eos_id
+    bos_id, gmask_id, mask_id = 130004, 130001, 130000
+
+    def layout(self, ids: Sequence[int]) -> Layout:
+        return Layout.of_prompt(ids, bos_id=self.bos_id, gmask_id=self.gmask_id, mask_id=self.mask_id)
+
+    def random_prompt(self, length: int, rng: random.Random) -> list[int]:
+        return [*(rng.randrange(5, 130000) for _ in range(length - 2)), self.gmask_id, self.bos_id]
+
+
+def new_engine(
+    model: CudaChatGLM, kv: str, *, num_seqs: int, context_len: int, prefill_tokens: int = 8192
+) -> Engine:
+    config = EngineConfig(
+        checkpoint="random",
+        max_num_seqs=num_seqs,
+        max_prefill_tokens=prefill_tokens,
+        block_size=BLOCK_SIZE,
+        cache_dtype="int8" if kv == "int8" else "auto",
+        context_len=context_len,
+    )
+    return Engine(model, cast(Tokenizer, FullVocabulary()), config)
+
+
+def run_requests(engine: Engine, count: int, prompt_len: int, answer_len: int) -> dict[str, float]:
+    """All at once; each answer has exactly `answer_len` tokens. Seconds, first-token times, and the steps' walls."""
+    rng = random.Random(1)
+    for index in range(count):
+        sampling = Sampling(
+            max_new_tokens=answer_len, min_new_tokens=answer_len, seed=index, temperature=0.95, top_p=0.7
+        )
+        prompt = FullVocabulary().random_prompt(prompt_len, rng)
+        refused = engine.add(Generate(index, prompt, sampling))
+        assert refused is None, refused
+    started = last = time.perf_counter()
+    first: dict[int, float] = {}
+    walls = []
+    num_tokens = 0
+    while engine.has_work:
+        step = engine.step()
+        now = time.perf_counter()
+        walls.append(now - last)
+        last = now
+        num_tokens += len(step.token_ids)
+        for sequence_id in step.sequence_ids:
+            first.setdefault(sequence_id, now - started)
+    seconds = last - started
+    assert num_tokens == count * answer_len, (num_tokens, count * answer_len)
+    tail = sorted(walls[len(walls) // 2 :])
+    return {
+        "seconds": seconds,
+        "tokens_per_s": num_tokens / seconds,
+        "first_token_p50_ms": sorted(first.values())[count // 2] * 1e3,
+        "late_step_ms": tail[len(tail) // 2] * 1e3,
+        "num_preemptions": engine.scheduler.num_preemptions,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--weights", nargs="+", default=["int4"], choices=["fp16", "int8", "int4", "fp8"])
     parser.add_argument("--head", default="fp16", choices=["fp16", "int8", "fp8"])
     parser.add_argument("--kv", nargs="+", default=["fp16"], choices=["fp16", "int8"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    parser.add_argument("--batch", nargs="*", type=int, default=[])
     parser.add_argument("--context", nargs="+", type=int, default=[256])
     parser.add_argument("--temperature", type=float, default=0.95)
     parser.add_argument("--prefill", nargs="*", default=[], help="packed prompts, as in 32x128")
+    parser.add_argument("--requests", nargs="*", default=[], help="through the engine, as in 1024x128x128")
     parser.add_argument("--profile", action="store_true", help="also print the time of each kernel")
     parser.add_argument("--no-record", action="store_true")
     arguments = parser.parse_args()
@@ -210,8 +281,33 @@ def main() -> None:
             embedding = weights.embedding.numel() * 2
             read = weights.num_bytes - (embedding if weights.head.weight_format != "F16" else 0)
             print(f"{setting}, {arguments.head} head: {weights.num_bytes / 1e9:.2f} GB of weights")
-            for kv in arguments.kv:
-                needed = max(arguments.batch) * max(arguments.context) * kv_bytes(kv)
+            for kv, requests in itertools.product(arguments.kv, arguments.requests):
+                count, prompt_len, answer_len = map(int, requests.split("x"))
+                engine = new_engine(model, kv, num_seqs=count, context_len=prompt_len + answer_len)
+                run_requests(engine, min(count, 64), prompt_len, 4)
+                found = run_requests(engine, count, prompt_len, answer_len)
+                # Weights are read once a step, the cache as it grows; the prefill's arithmetic is left out.
+                mean_read = read + count * (prompt_len + answer_len / 2) * kv_bytes(kv)
+                roof = count * bandwidth / mean_read
+                print(
+                    f"  {kv} KV, requests {requests}: {found['tokens_per_s']:9.1f} tok/s of {roof:9.1f} "
+                    f"({found['tokens_per_s'] / roof:5.1%}); "
+                    + ", ".join(f"{name} {value:.3f}" for name, value in found.items()),
+                    flush=True,
+                )
+                if not arguments.no_record:
+                    case = f"engine {setting} head {arguments.head} kv {kv} requests {requests}"
+                    record(
+                        case,
+                        found["tokens_per_s"],
+                        roof,
+                        **{k: v for k, v in found.items() if k != "tokens_per_s"},
+                    )
+                del engine
+                gc.collect()
+                torch.cuda.empty_cache()
+            for kv in arguments.kv if arguments.batch or arguments.prefill else []:
+                needed = max([*arguments.batch, 16]) * max(arguments.context) * kv_bytes(kv)
                 free = torch.cuda.mem_get_info()[0] - (6 << 30)
                 cache = new_cache(int(min(needed, free) / kv_bytes(kv) / BLOCK_SIZE) + 2, kv)
                 for prompts in arguments.prefill:
