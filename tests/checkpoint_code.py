@@ -6,7 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
-CODE = Path(__file__).parent / "workers" / "reference" / "remote_code"
+CODE = {
+    "ice_text.model": Path(__file__).parent / "workers" / "reference" / "remote_code",
+    "tokenizer.model": Path(__file__).parent / "workers" / "reference" / "remote_code_chatglm2",
+}
+"""By the file of the tokenizer, which tells the two generations apart."""
 AUTO_MAP = {
     "AutoConfig": "configuration_chatglm.ChatGLMConfig",
     "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
@@ -19,7 +23,8 @@ TOKENIZER_CONFIG = {
 
 def add_code(folder: Path) -> None:
     """Puts the code beside the weights, and its names into config.json."""
-    for path in CODE.glob("*.py"):
+    (code,) = (code for name, code in CODE.items() if (folder / name).exists())
+    for path in code.glob("*.py"):
         shutil.copy(path, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))

@@ -6,7 +6,20 @@ import sys
 
 import typer
 
-from producer.cli import adapters, cancel, chat, doctor, status, summarize, up, verify, worker
+from producer.cli import (
+    adapters,
+    cancel,
+    chat,
+    doctor,
+    evaluate,
+    quantize,
+    status,
+    summarize,
+    top,
+    up,
+    verify,
+    worker,
+)
 from producer.contract import GlmqError
 
 app = typer.Typer(
@@ -23,9 +36,12 @@ app.command("up", context_settings={"allow_extra_args": True, "ignore_unknown_op
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command("worker", context_settings=_PASSED_ON)(worker.worker)
 app.command("verify", context_settings=_PASSED_ON)(verify.verify)
+app.command("quantize", context_settings=_PASSED_ON)(quantize.quantize)
+app.command("evaluate", context_settings=_PASSED_ON)(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("summarize")(summarize.summarize)
 app.command("status")(status.status)
+app.command("top")(top.top)
 app.command("cancel")(cancel.cancel)
 app.command("doctor")(doctor.doctor)
 app.add_typer(adapters.app, name="adapters")

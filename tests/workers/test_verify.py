@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoint_code import add_code
 from workers import verify
 
 pytestmark = [
@@ -53,6 +54,15 @@ def test_a_sound_checkpoint_is_equal_in_everything(
     checkpoint_with_code: Path, verdicts: Callable[..., set[str]]
 ) -> None:
     assert verdicts(checkpoint_with_code) == set()
+
+
+@pytest.mark.parametrize("name", ["chatglm-6b-tiny", "chatglm2-6b-tiny"])
+def test_the_originals_data_and_our_code_for_both_generations_are_equal(
+    golden_root: Path, copy_of: Callable[[Path], Path], verdicts: Callable[..., set[str]], name: str
+) -> None:
+    folder = copy_of(golden_root / name)
+    add_code(folder)
+    assert verdicts(folder) == set()
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,9 @@ from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.engine.messages import Generate, Sampling
 from workers.models.config import ModelConfig
-from workers.models.layout import Layout
 from workers.models.loader import load_model
 from workers.models.prefill import pack_sequences
-from workers.models.tokenizer import Tokenizer, chat_text, process_response
+from workers.models.tokenizer import Tokenizer, chat_text
 from workers.reference.checkpoint import Reference, load_reference
 from workers.reference.texts import CONVERSATIONS, RESPONSES, SPELLED_SPECIALS, TEXTS
 
@@ -157,10 +156,7 @@ def _prompt_ids(reference: Reference, turns: Sequence[tuple[str, str]]) -> list[
 @torch.inference_mode()
 def _logits(model: Any, tokenizer: Tokenizer, ids: list[int]) -> torch.Tensor:
     """[S, V] float32 of one prompt, on the CPU."""
-    layout = Layout.of_prompt(
-        ids, bos_id=tokenizer.bos_id, gmask_id=tokenizer.gmask_id, mask_id=tokenizer.mask_id
-    )
-    batch = pack_sequences([ids], [layout], model.device)
+    batch = pack_sequences([ids], [tokenizer.layout(ids)], model.device)
     logits: torch.Tensor = model(batch, all_positions=True).float().cpu()
     return logits
 
@@ -204,7 +200,7 @@ def _compare_tokenizers(said: Said, tokenizer: Tokenizer) -> Iterator[Comparison
     yield _compare_items(
         "clean-up of an answer",
         f"{len(RESPONSES)} answers",
-        list(zip(RESPONSES, said.responses, map(process_response, RESPONSES), strict=True)),
+        list(zip(RESPONSES, said.responses, map(tokenizer.process_response, RESPONSES), strict=True)),
     )
     prompts = [tokenizer.build_prompt(turns[-1][0], history=turns[:-1]) for turns in CONVERSATIONS]
     yield _compare_items(

@@ -16,7 +16,7 @@ import torch
 
 from workers.engine.admission import Admission, CannotRun
 from workers.engine.config import EngineConfig
-from workers.engine.loading import find_device
+from workers.engine.loading import BITS, find_device
 from workers.engine.messages import FromEngine, Generate, Ready, Refused, Step
 from workers.models.config import ModelConfig
 from workers.models.loader import DTYPES
@@ -53,12 +53,17 @@ class ReferenceEngine:
         """Loads the checkpoint with its own code. Raises ValueError, as CheckpointError or for a setting."""
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        if config.quantize == "fp8":
+            raise ValueError(
+                "quantize is fp8, which the original has not. Use int8 or int4, or the native backend"
+            )
         model_config = ModelConfig.from_folder(config.checkpoint)
         reference = load_reference(
             config.checkpoint,
             trust_remote_code=config.trust_remote_code,
             device=find_device(config.device),
             dtype=None if config.dtype == "auto" else DTYPES[config.dtype],
+            bits=BITS[config.quantize],
         )
         engine = cls(
             reference,

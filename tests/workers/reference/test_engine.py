@@ -235,3 +235,18 @@ def test_a_merged_adapter_answers_for_everybody(golden_with_code: Path) -> None:
         assert engine.wait_until_ready(60).adapters == ["doctor"]
         for adapter in (None, "doctor"):
             assert answer_of(engine, Generate(1, prompt_ids, sampling, adapter=adapter))[0] == unmerged
+
+
+def test_it_answers_quantized_as_the_native_engine_does_in_full_precision(
+    checkpoint_with_code: Path, prompts: list[list[int]]
+) -> None:
+    sampling = Sampling(max_new_tokens=12, seed=0, temperature=0)
+    with (
+        engine_of(checkpoint_with_code, quantize="int4") as reference,
+        engine_of(checkpoint_with_code, module=ENGINE_MODULE, quantize="int4", activations="full") as native,
+    ):
+        for engine in (reference, native):
+            engine.wait_until_ready(60)
+        for index, prompt_ids in enumerate(prompts):
+            message = Generate(index, prompt_ids, sampling)
+            assert answer_of(reference, message) == answer_of(native, message)

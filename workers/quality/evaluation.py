@@ -1,0 +1,100 @@
+"""The forms of one checkpoint, each loaded in turn and measured on a sample beside the unquantized one."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from workers.models.adapter_bank import AdapterBank
+from workers.models.config import CheckpointError, Dtype, ModelConfig
+from workers.models.loader import DTYPES, load_model
+from workers.models.lora import read_adapter
+from workers.models.network import Network
+from workers.models.quantization import Bits
+from workers.models.tokenizer import Tokenizer
+from workers.quality.measures import Quality, predictions
+from workers.quality.sample import Passage, SampleError, sequences_of
+
+FORMS: tuple[tuple[str, Bits | None], ...] = (("", None), ("int8", 8), ("int4", 4))
+"""Name and bits; the first has the dtype's own name, and the others are compared with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One form, with an adapter or without."""
+
+    form: str
+    adapter: str | None
+    weight_bytes: int
+    """Of all parameters, as they are in memory."""
+    quality: Quality
+
+
+def evaluate(
+    folder: Path,
+    passages: Sequence[Passage],
+    *,
+    device: torch.device,
+    dtype: Dtype,
+    adapter: Path | None = None,
+    max_len: int = 512,
+    max_targets: int = 4096,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Iterator[Measured]:
+    """Each form without the adapter, then each with it, beside the weights. The first of three is what the others are held
+    against; its predictions are kept in memory: max_targets times the vocabulary, in float32.
+
+    Raises CheckpointError, AdapterError, SampleError.
+    """
+    config = ModelConfig.from_folder(folder)
+    if config.quantization_bit:
+        raise CheckpointError(
+            folder, "its weights are quantized already", "Evaluate the checkpoint that it was made of"
+        )
+    tokenizer = Tokenizer.from_folder(folder, config)
+    max_len = min(max_len, config.max_sequence_length)
+    sequences = sequences_of(passages, tokenizer, max_len=max_len, max_targets=max_targets)
+    if not sequences:
+        raise SampleError(f"no passage of the sample fits into {max_len} tokens. Raise --max-len")
+    expected: dict[bool, list[torch.Tensor]] = {}
+    measured: dict[tuple[bool, str], Measured] = {}
+    for name, bits in FORMS:
+        form = name or dtype
+        progress(f"loading it in {form}")
+        model = load_model(folder, dtype=DTYPES[dtype], device=device, config=config, quantize_bits=bits)
+        weight_bytes = _weight_bytes(model)
+        for with_adapter in (False, True) if adapter is not None else (False,):
+            slot = _load_adapter(model, adapter) if with_adapter and adapter is not None else 0
+            progress(f"measuring {form}{' with the adapter' if with_adapter else ''}")
+            quality = Quality()
+            kept: list[torch.Tensor] = []
+            for index, (log_probs, targets) in enumerate(predictions(model, tokenizer, sequences, slot)):
+                if bits is None:
+                    kept.append(log_probs.cpu())
+                    quality.add(log_probs, log_probs, targets)
+                else:
+                    quality.add(log_probs, expected[with_adapter][index].to(device), targets)
+            if bits is None:
+                expected[with_adapter] = kept
+            label = adapter.name if with_adapter and adapter is not None else None
+            measured[with_adapter, form] = Measured(form, label, weight_bytes, quality)
+        del model
+        gc.collect()
+    yield from (measured[key] for key in sorted(measured, key=lambda key: key[0]))
+
+
+def _load_adapter(model: Network, folder: Path) -> int:
+    """Puts the adapter beside the weights. Returns its slot."""
+    bank = AdapterBank(model, 1, dtype=model.dtype, device=model.device)
+    bank.load(1, read_adapter(folder, bank.shapes))
+    return 1
+
+
+def _weight_bytes(model: Network) -> int:
+    """A tensor that two layers share counts once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
