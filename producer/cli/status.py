@@ -66,10 +66,11 @@ def _render(model: str, overview: Overview) -> RenderableType:
             summary, Text("no worker is alive: start one with `glmq up` or `glmq worker`", style="bold red")
         )
     table = Table(box=None, pad_edge=False, header_style="dim")
-    columns = ("model", "device", "state", "running", "slots", "tokens_per_second")
-    for heading in ("worker", *columns, "silent"):
+    columns = ("model", "device", "state", "running", "slots", "waiting", "tokens_per_second")
+    for heading in ("worker", *columns, "KV cache", "silent"):
         table.add_column(heading.replace("tokens_per_second", "tokens/s"))
     for worker in sorted(overview.workers, key=lambda worker: worker.worker):
         values = [worker.about.get(column, "?") for column in columns]
-        table.add_row(worker.worker, *values, f"{worker.silent_seconds:.1f} s")
+        usage = f"{float(worker.about.get('kv_usage', 0)):.0%}"
+        table.add_row(worker.worker, *values, usage, f"{worker.silent_seconds:.1f} s")
     return Group(summary, table)
