@@ -30,11 +30,21 @@ def stored_tensors(files: list[Path]) -> Iterator[tuple[Path, str, torch.Tensor]
             yield from _bin_tensors(path)
 
 
+# Pages of a mapped file count as memory of the process until it is unmapped, so files are mapped anew again and again.
+_BYTES_OF_A_MAPPING = 256 << 20
+
+
 def _safetensors(path: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                yield path, name, file.get_tensor(name)
+            names = list(file.keys())
+        while names:
+            num_bytes = 0
+            with safe_open(path, framework="pt") as file:
+                while names and num_bytes < _BYTES_OF_A_MAPPING:
+                    tensor = file.get_tensor(name := names.pop(0))
+                    num_bytes += tensor.nbytes
+                    yield path, name, tensor
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             path, f"the file cannot be read ({error})", "It may be incomplete: download it again"
@@ -42,6 +52,16 @@ def _safetensors(path: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
 
 
 def _bin_tensors(path: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
+    names = list(_bin_state(path))
+    while names:
+        state, num_bytes = _bin_state(path), 0
+        while names and num_bytes < _BYTES_OF_A_MAPPING:
+            tensor = state[name := names.pop(0)]
+            num_bytes += tensor.nbytes
+            yield path, name, tensor
+
+
+def _bin_state(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -52,6 +72,8 @@ def _bin_tensors(path: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(path, "the file holds no table of tensors", "Download it again")
-    for name, tensor in state.items():
-        if isinstance(name, str) and isinstance(tensor, torch.Tensor):
-            yield path, name, tensor
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor)
+    }
