@@ -124,7 +124,12 @@ class Metrics:
         self.recent_first_token = RecentLatencies()
         self.recent_between_tokens = RecentLatencies()
 
-        # The engine, by vLLM's names.
+        self._define_engine_metrics()
+        self._define_task_metrics()
+        self._define_own_metrics()
+
+    def _define_engine_metrics(self) -> None:
+        """By vLLM's names."""
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens processed.")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Answer tokens generated.")
         self._preemptions = self._counter(
@@ -178,7 +183,12 @@ class Metrics:
             "vllm:iteration_tokens_total", "Tokens of an engine step, prompts included.", ITERATION_TOKENS
         )
 
-        # The queue, by celery-exporter's names, without Celery's events.
+        for reason in _FINISHED_REASONS.values():
+            # So that the first one is an increase, too.
+            self._success.labels(*self._identity, reason)
+
+    def _define_task_metrics(self) -> None:
+        """By celery-exporter's names, without Celery's events."""
         self._received = self._task_counter("celery_task_received", "Tickets that reached this worker.")
         self._started = self._task_counter("celery_task_started", "Requests claimed.")
         self._succeeded = self._task_counter("celery_task_succeeded", "Requests answered.")
@@ -192,7 +202,7 @@ class Metrics:
             registry=self.registry,
         )
 
-        # What is ours.
+    def _define_own_metrics(self) -> None:
         self._requests = self._counters(
             "glmq_requests", "Requests that ended here.", "tenant", "kind", "outcome"
         )
@@ -212,6 +222,9 @@ class Metrics:
         self.leases_lost = self._counter(
             "glmq_leases_lost", "Requests whose lease had gone when it was to be renewed."
         )
+        self.leases_reaped = self._counter(
+            "glmq_leases_reaped", "Requests of silent workers that this one sent back to the queue."
+        )
         self.fenced_writes = self._counter(
             "glmq_fenced_writes", "Writes refused because another attempt has the request."
         )
@@ -228,10 +241,6 @@ class Metrics:
             "Turns of a conversation that its prompt lacked because folding lags.",
             TURNS,
         )
-
-        # So that the first one is an increase, too.
-        for reason in _FINISHED_REASONS.values():
-            self._success.labels(*self._identity, reason)
 
     # --- what happens -------------------------------------------------------------------------------------------------
 

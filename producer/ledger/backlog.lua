@@ -21,8 +21,8 @@ return {
   redis.call('ZCARD', leases_key),
   redis.call('ZCOUNT', leases_key, '-inf', '(' .. now),
   redis.call('ZCOUNT', prefix .. 'conversations', now, '+inf'),
-  redis.call('ZCARD', prefix .. 'dead'),
+  redis.call('ZCARD', dead_key),
   tonumber(string.match(info, 'used_memory:(%d+)')) or 0,
   tonumber(string.match(info, 'maxmemory:(%d+)')) or 0,
-  redis.call('HGETALL', prefix .. 'rejected'),
+  redis.call('HGETALL', rejected_key),
 }

@@ -13,12 +13,19 @@ local function worker_key(worker) return prefix .. 'worker:' .. worker end
 local function conversation_key(name) return prefix .. 'conversation:' .. name end
 local function turns_key(name) return prefix .. 'turns:' .. name end
 local leases_key = prefix .. 'leases'
+local dead_key = prefix .. 'dead'
+local rejected_key = prefix .. 'rejected'
 local conversations_key = prefix .. 'conversations'
 local workers_key = prefix .. 'workers'
 
 local function now_ms()
   local time = redis.call('TIME')
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+end
+
+-- A submission is refused at the door.
+local function count_rejected(reason)
+  redis.call('HINCRBY', rejected_key, reason, 1)
 end
 
 -- Lines for each reader; a reader gets all of a script's lines in one message.

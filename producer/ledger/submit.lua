@@ -3,28 +3,38 @@
 --       idempotency key ('': none), how long to remember it in ms, name of the conversation ('': none), its id, its lifetime in ms
 -- Answers {1 new | 0 known before | -1 the id or the idempotency key belongs to another body, id of the request}, or
 -- {-2, id of the request that is being answered in the conversation}.
--- Admission bounds will be checked here, between the two.
+-- Admission bounds will be checked here, between the two. What is refused is counted by its reason.
 
 local id, digest, model, tenant, priority, request = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local deadline, retention, idempotency_key, idempotency_ms = tonumber(ARGV[7]), ARGV[8], ARGV[9], ARGV[10]
 local conversation, conversation_id, lifetime = ARGV[11], ARGV[12], ARGV[13]
 local key = request_key(id)
 
+-- The answer about an id or an idempotency key that is known.
+local function known_before(known_digest, known_id)
+  if known_digest == digest then
+    return {0, known_id}
+  end
+  count_rejected('idempotency_conflict')
+  return {-1, known_id}
+end
+
 local known = redis.call('HGET', key, 'digest')
 if known then
-  return {known == digest and 0 or -1, id}
+  return known_before(known, id)
 end
 local record_key = prefix .. 'idempotency:' .. tenant .. ':' .. idempotency_key
 if idempotency_key ~= '' then
   local record = redis.call('GET', record_key)
   if record then
     local known_id, known_digest = string.match(record, '^(%S+) (%S+)$')
-    return {known_digest == digest and 0 or -1, known_id}
+    return known_before(known_digest, known_id)
   end
 end
 if conversation ~= '' then
   local busy = redis.call('HGET', conversation_key(conversation), 'busy')
   if is_live(busy) then
+    count_rejected('conversation_busy')
     return {-2, busy}
   end
 end
