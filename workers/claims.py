@@ -18,6 +18,7 @@ from producer.contract import (
     ChatRequest,
     ConversationBusy,
     Failed,
+    FoldRequest,
     IdempotencyConflict,
     InvalidRequest,
     RedisUnavailable,
@@ -29,10 +30,12 @@ from producer.contract import (
 from producer.ledger import Claim, Ledger, calls
 from workers.engine.client import EngineDied
 from workers.engine.messages import Generate
+from workers.folding import FoldPrompts, check_summary, due_fold
 from workers.logs import get_logger
+from workers.memory import Fenced, Memory
 from workers.metrics import Metrics
 from workers.pool import Ticket
-from workers.prompts import Prompts, Refusal
+from workers.prompts import Prompt, Prompts, Refusal
 from workers.publisher import Publisher
 from workers.running import RELEASED, AnswerDetokenizer, RunningRequest, RunningRequests
 from workers.settings import WorkerSettings
@@ -67,6 +70,8 @@ class Claims:
         self._new_detokenizer = new_detokenizer
         self._end_id = end_id
         self._metrics = metrics
+        self._memory = Memory(ledger)
+        self._folds = FoldPrompts(ledger)
         self._sequence_ids = itertools.count(1)
         self._slots = settings.slots
         self._prompts: Prompts | None = None
@@ -131,6 +136,12 @@ class Claims:
 
     def on_free_slot(self) -> None:
         with self._wake:
+            self._wake.notify()
+
+    def look(self) -> None:
+        """There is work of which no ticket tells."""
+        with self._wake:
+            self._next_look = 0.0
             self._wake.notify()
 
     # --- the thread -------------------------------------------------------------------------------------------------
@@ -267,6 +278,9 @@ class Claims:
 
     def _begin(self, claim: Claim, ticket: Ticket | None) -> None:
         """Build the prompt and hand it to the engine; whatever is wrong with the request ends only the request."""
+        if (stale := self._running.get(claim.request_id)) is not None:
+            # It lost the request, another attempt came to this very worker, and it has not heard of that yet.
+            self._publisher.drop(stale)
         running = RunningRequest(
             claim.request_id,
             claim.attempt,
@@ -288,6 +302,11 @@ class Claims:
             self._publisher.end(running, Failed(code=refusal.code, message=refusal.message))
         except InvalidRequest as error:
             self._publisher.end(running, Failed(code="invalid_request", message=str(error)))
+        except Fenced:
+            self._publisher.drop(running)
+        except (RedisUnavailable, RedisError):
+            self._publisher.end(running, RELEASED)
+            raise
         except Exception:  # one request is a boundary
             logger.exception("could not be begun", request_id=claim.request_id)
             message = (
@@ -303,7 +322,7 @@ class Claims:
             return
         request = decode_request(claim.request)
         running.tenant, running.kind, running.adapter = request.tenant, request.kind, request.adapter
-        prompt = prompts.build(request)
+        prompt = self._prompt_of(request, running, claim, prompts)
         running.prompt_len = len(prompt.ids)
         running.max_new_tokens = prompt.sampling.max_new_tokens
         log = logger.info if self._settings.log_text else logger.debug
@@ -337,6 +356,18 @@ class Claims:
             self._publisher.end(running, RELEASED)
         else:
             self._publisher.on_started()
+
+    def _prompt_of(self, request: Request, running: RunningRequest, claim: Claim, prompts: Prompts) -> Prompt:
+        """Raises Refusal, Fenced, and what the ledger raises."""
+        if isinstance(request, FoldRequest):
+            running.check = check_summary
+            return self._folds.build(prompts, request, claim)
+        if isinstance(request, ChatRequest) and request.conversation_id is not None:
+            remembering = self._memory.build(prompts, request, claim)
+            running.memory = remembering.memory
+            running.fold = due_fold(request, remembering)
+            return remembering.prompt
+        return prompts.build(request)
 
 
 def _text_of(request: Request) -> dict[str, str]:

@@ -1,6 +1,7 @@
-"""Keeps what this worker has claimed, from a thread of its own, so that a long prefill cannot lose it.
+"""Keeps what this worker has claimed, from a thread of its own, so that a long prefill cannot lose it; and takes from the dead.
 
-An engine that has work and makes no progress gets no renewal: whoever is stuck must not hold on to requests.
+An engine that has work and makes no progress gets no renewal: whoever is stuck must not hold on to requests. Leases that ran out,
+anybody's, go back to the queue: every worker does that, and none leads.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Leases:
         lease_seconds: float,
         about: Callable[[], Mapping[str, str | int | float]],
         is_stuck: Callable[[], bool],
+        on_reaped: Callable[[], None],
         metrics: Metrics,
     ) -> None:
         self._ledger = ledger
@@ -50,6 +52,8 @@ class Leases:
         self._lease_seconds = lease_seconds
         self._about = about
         self._is_stuck = is_stuck
+        self._on_reaped = on_reaped
+        self._reap_from = 0.0
         self._metrics = metrics
         self._last_renewal = time.monotonic()
         self._is_reachable = True
@@ -83,6 +87,7 @@ class Leases:
                 was_stuck = is_stuck
                 if not is_stuck:
                     self.renew()
+                    self._reap(time.monotonic())
             except Exception:  # the loop is a boundary
                 logger.exception("renewing failed")
             self._stop.wait(max(self._lease_seconds / RENEWALS_PER_LEASE - (time.monotonic() - begin), 0.01))
@@ -94,15 +99,17 @@ class Leases:
 
     def renew(self) -> None:
         """One sign of life, now."""
-        held = [(running.request_id, running.attempt) for running in self._running]
+        held = {running.request_id: running.attempt for running in self._running}
         try:
             renewal = self._ledger.run(
-                calls.renew(self._worker_id, held, self._lease_seconds, about=self._about())
+                calls.renew(self._worker_id, held.items(), self._lease_seconds, about=self._about())
             )
         except (RedisUnavailable, RedisError) as error:
             if self._is_reachable:
                 logger.warning("leases cannot be renewed: %s", error)
             self._is_reachable = False
+            # Nobody could renew meanwhile. When Redis is back, everybody gets the time to do so.
+            self._reap_from = time.monotonic() + self._lease_seconds
             return
         self._last_renewal = time.monotonic()
         if not self._is_reachable:
@@ -111,7 +118,7 @@ class Leases:
         for request_id in renewal.lost:
             running = self._running.get(request_id)
             # With an end: it was being published while the renewal was under way.
-            if running is not None and running.end is None:
+            if running is not None and running.end is None and running.attempt == held[request_id]:
                 self._metrics.leases_lost.inc()
                 logger.info("the lease was lost", request_id=request_id, attempt=running.attempt)
                 self._publisher.drop(running)
@@ -119,6 +126,20 @@ class Leases:
             running = self._running.get(request_id)
             if running is not None:
                 self._publisher.end(running, "cancelled")
+
+    def _reap(self, now: float) -> None:
+        if now < self._reap_from:
+            return
+        try:
+            reaped = self._ledger.run(calls.reap())
+        except (RedisUnavailable, RedisError) as error:
+            logger.debug("cannot reap: %s", error)
+            return
+        for request_id in reaped:
+            logger.info("its worker is silent: back to the queue", request_id=request_id)
+        if reaped:
+            self._metrics.leases_reaped.inc(len(reaped))
+            self._on_reaped()
 
     def _abort_overdue(self, now: float) -> None:
         for running in self._running:

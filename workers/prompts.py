@@ -6,16 +6,19 @@ It counts in tokens and knows the context's size; it knows nothing about queues 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
-from producer.contract import ChatRequest, FoldRequest, Request, SummaryRequest
+from producer.contract import ChatRequest, FoldRequest, Request, SummaryRequest, Turn
 from workers.engine.messages import Sampling
+from workers.models.frames import Part
 
 _HAN = re.compile("[㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f]")
 
-_TEMPLATES: Final = {
+Language = Literal["chinese", "english"]
+
+_TEMPLATES: Final[dict[Language, dict[str, str]]] = {
     "chinese": {
         "paragraph": "请为下面的文字写一段摘要：\n{text}",
         "bullets": "请用要点概括下面的文字：\n{text}",
@@ -34,6 +37,9 @@ class PromptTokenizer(Protocol):
 
     def build_prompt(self, query: str, history: Iterable[tuple[str, str]] = ()) -> list[int]:
         """The whole prompt of a chat, with its special tokens."""
+
+    def encode_framed_prompt(self, parts: Sequence[Part], labels: re.Pattern[str]) -> list[int]:
+        """A prompt in which no content can make a line that begins with one of the frames' labels."""
 
 
 class Refusal(Exception):
@@ -65,20 +71,35 @@ class Prompts:
     """Names that a request can ask for; what is in it may change."""
 
     def build(self, request: Request) -> Prompt:
-        """The prompt of this request, with `max_new_tokens` clamped to what the context leaves.
+        """The prompt of a request that brings all that it needs, with `max_new_tokens` clamped to what the context leaves.
 
         Raises Refusal: `unknown_adapter`, `context_exceeded`.
         """
-        self._check_adapter(request.adapter)
         if isinstance(request, FoldRequest):
             raise Refusal("invalid_request", "kind: 'fold' cannot be answered without its conversation.")
-        if isinstance(request, SummaryRequest):
-            ids = self.tokenizer.build_prompt(summary_query(request))
-            wanted = request.sampling.max_new_tokens
-            wanted = request.max_length if wanted is None else min(wanted, request.max_length)
-        else:
-            ids = self.tokenizer.build_prompt(request.query, request.history)
-            wanted = request.sampling.max_new_tokens
+        if isinstance(request, ChatRequest):
+            return self.chat(request, request.history)
+        self._check_adapter(request.adapter)
+        ids = self.tokenizer.build_prompt(summary_query(request))
+        wanted = request.sampling.max_new_tokens
+        return self._prompt(
+            request, ids, request.max_length if wanted is None else min(wanted, request.max_length)
+        )
+
+    def chat(self, request: ChatRequest, history: Sequence[Turn]) -> Prompt:
+        """The prompt of this question after these turns. Raises Refusal like `build`."""
+        self._check_adapter(request.adapter)
+        ids = self.tokenizer.build_prompt(request.query, history)
+        return self._prompt(request, ids, request.sampling.max_new_tokens)
+
+    def framed(
+        self, request: Request, parts: Sequence[Part], labels: re.Pattern[str], max_new_tokens: int
+    ) -> Prompt:
+        """The prompt of a text that is built of these parts. Raises Refusal like `build`."""
+        self._check_adapter(request.adapter)
+        return self._prompt(request, self.tokenizer.encode_framed_prompt(parts, labels), max_new_tokens)
+
+    def _prompt(self, request: Request, ids: list[int], wanted: int | None) -> Prompt:
         left = self.context_len - len(ids)
         if left < 1:
             raise Refusal("context_exceeded", self._too_long(request, len(ids)))
@@ -95,13 +116,15 @@ class Prompts:
             "Use one of these, or leave adapter out to answer with the model alone.",
         )
 
-    def _too_long(self, request: ChatRequest | SummaryRequest, prompt_len: int) -> str:
+    def _too_long(self, request: Request, prompt_len: int) -> str:
         numbers = (
             f"the prompt has {prompt_len} tokens, and the context of {self.context_len} "
             f"must hold it and at least one token of the answer"
         )
         if isinstance(request, SummaryRequest):
             return f"text: {numbers}. Summarize it in pieces."
+        if isinstance(request, FoldRequest):
+            return f"{numbers}. Give this model a larger context."
         query_len = len(self.tokenizer.build_prompt(request.query))
         if request.history and query_len < self.context_len:
             return (
@@ -113,9 +136,12 @@ class Prompts:
 
 def summary_query(request: SummaryRequest) -> str:
     """The instruction and the text, in the text's own language."""
-    language = "chinese" if is_mostly_han(request.text) else "english"
     # Not str.format: the text may contain braces.
-    return _TEMPLATES[language][request.style].replace("{text}", request.text)
+    return _TEMPLATES[language_of(request.text)][request.style].replace("{text}", request.text)
+
+
+def language_of(text: str) -> Language:
+    return "chinese" if is_mostly_han(text) else "english"
 
 
 def is_mostly_han(text: str) -> bool:

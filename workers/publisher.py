@@ -256,8 +256,12 @@ class Publisher:
             event = None
             call = calls.release(running.request_id, running.attempt)
         else:
-            event = running.finished(end)
-            call = calls.finish(running.request_id, running.attempt, event)
+            finished = running.finished(end)
+            event = running.check(finished) or finished
+            if isinstance(event, Failed):
+                call = calls.fail(running.request_id, running.attempt, event)
+            else:
+                call = calls.finish(running.request_id, running.attempt, event)
         is_written = self._insist(lambda: self._ledger.run(call))
         self._record(running, event, is_written=is_written)
         if self._running.remove(running):

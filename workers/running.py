@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
-from producer.contract import Failed, Finished, Timings, Usage
+from producer.contract import Failed, Finished, FoldRequest, Timings, Usage
+from producer.contract.conversation import PromptMemory
 from workers.pool import Ticket
 
 EndReason = Literal["stop", "length", "cancelled"]
@@ -29,6 +30,10 @@ class AnswerDetokenizer(Protocol):
 
     @property
     def is_stopped(self) -> bool: ...
+
+
+def _accept(_: Finished) -> Failed | None:
+    return None
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +70,12 @@ class RunningRequest:
     """On the monotonic clock: aborted then."""
     end: End | None = None
     """Why it is over, once it is; published after all tokens."""
+    memory: PromptMemory | None = None
+    """What its prompt remembers of a conversation."""
+    fold: FoldRequest | None = None
+    """To be asked for once this answer is a turn."""
+    check: Callable[[Finished], Failed | None] = _accept
+    """What is wrong with the answer, if that makes it none."""
 
     @property
     def is_known_to_engine(self) -> bool:
@@ -88,13 +99,23 @@ class RunningRequest:
         return Finished(
             reason=reason,
             text=self.text,
-            usage=Usage(prompt_tokens=self.prompt_len, completion_tokens=len(self.token_ids)),
+            usage=self._usage(),
             timings=Timings(
                 queue_seconds=self.queue_seconds,
                 first_token_seconds=(self.first_token or now) - self.claimed,
                 total_seconds=now - self.claimed,
             ),
             attempts=self.attempt,
+        )
+
+    def _usage(self) -> Usage:
+        memory = self.memory or PromptMemory()
+        return Usage(
+            prompt_tokens=self.prompt_len,
+            completion_tokens=len(self.token_ids),
+            summary_turns=memory.covered,
+            recent_turns=memory.num_recent,
+            left_out_turns=memory.num_left_out,
         )
 
 
@@ -142,7 +163,11 @@ class RunningRequests:
         """Forget it; False if somebody else did already."""
         with self.lock:
             self._by_sequence.pop(running.sequence_id, None)
-            return self._by_id.pop(running.request_id, None) is not None
+            # A later attempt of the same request may have come to this worker too.
+            if self._by_id.get(running.request_id) is not running:
+                return False
+            del self._by_id[running.request_id]
+            return True
 
     @property
     def num_generating(self) -> int:

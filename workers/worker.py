@@ -36,6 +36,7 @@ from workers.engine.config import EngineConfig
 from workers.engine.detokenizer import StreamDetokenizer
 from workers.engine.messages import Abort, AdaptersChanged, Generate, Ready, Refused, Step
 from workers.exporter import PORTS_TO_TRY, Exporter, PortTaken
+from workers.folding import Folding
 from workers.foreground import keep_log, run_celery
 from workers.gpu import Gpu, GpuReading
 from workers.leases import Leases
@@ -116,7 +117,14 @@ class Worker:
             lease_seconds=settings.lease_seconds,
             about=self._about,
             is_stuck=self._is_stuck,
+            on_reaped=self._claims.look,
             metrics=self._metrics,
+        )
+        self._folding = Folding(
+            Ledger.at(self.redis_url, keys, timeout_seconds=timeout),
+            model=settings.model,
+            retention_seconds=settings.queue.retention_seconds,
+            on_queued=self._claims.look,
         )
         self._control = Control(
             connect(self.redis_url, timeout_seconds=2.0, retries=0),
@@ -153,6 +161,7 @@ class Worker:
     def start(self, check_interrupted: Callable[[], None]) -> None:
         """Load the model, then begin to claim. Raises StartFailed, and what `check_interrupted` raises."""
         self._publisher.start()
+        self._folding.start()
         self._leases.start()
         self._control.start()
         self._supervisor.start()
@@ -205,6 +214,7 @@ class Worker:
         self._control.stop()
         self._leases.stop()
         self._publisher.stop(FLUSH_AT_STOP_SECONDS)
+        self._folding.stop()
         if self._exporter is not None:
             self._exporter.stop()
         if self._engine is not None:
@@ -372,6 +382,8 @@ class Worker:
         self._claims.on_free_slot()
         if running.ticket is not None:
             running.ticket.complete()
+        if running.fold is not None and running.end in ("stop", "length"):
+            self._folding.submit(running.fold, running.request_id)
 
     def _on_cancel(self, request_id: str) -> None:
         running = self._running.get(request_id)

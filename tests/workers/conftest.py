@@ -14,6 +14,7 @@ from producer.ledger import Ledger, calls
 from producer.settings import Settings
 from workers.claims import Claims
 from workers.engine.messages import Generate, Step
+from workers.folding import Folding
 from workers.metrics import Metrics
 from workers.pool import Ticket
 from workers.prompts import Prompts
@@ -66,6 +67,9 @@ class Letters:
     def build_prompt(self, query: str, history: Any = ()) -> list[int]:
         return [ord(character) for turn in [*history, (query,)] for part in turn for character in part]
 
+    def encode_framed_prompt(self, parts: Any, _labels: Any) -> list[int]:
+        return [ord(character) for part in parts for character in part.text]
+
 
 @dataclass
 class Bench:
@@ -80,6 +84,7 @@ class Bench:
     completed: list[Ticket] = field(default_factory=list)
     accepted: list[Ticket] = field(default_factory=list)
     metrics: Metrics = field(default_factory=lambda: Metrics(model=MODEL))
+    context_len: int = 1000
 
     def __post_init__(self) -> None:
         self.publisher = Publisher(
@@ -101,20 +106,25 @@ class Bench:
             end_id=END,
             metrics=self.metrics,
         )
+        self.folding = Folding(self.ledger, model=MODEL, retention_seconds=60.0, on_queued=self.claims.look)
 
     def _on_gone(self, running: RunningRequest) -> None:
         self.gone.append(running)
         if running.ticket is not None:
             running.ticket.complete()
         self.claims.on_free_slot()
+        if running.fold is not None and running.end in ("stop", "length"):
+            self.folding.submit(running.fold, running.request_id)
 
     def start(self) -> None:
         self.publisher.start()
+        self.folding.start()
         self.claims.start()
-        self.claims.open(Prompts(Letters(), context_len=1000))
+        self.claims.open(Prompts(Letters(), context_len=self.context_len))
 
     def stop(self) -> None:
         self.claims.stop()
+        self.folding.stop()
         self.publisher.stop(1)
 
     def submit(self, query: str = "hello", **fields: Any) -> str:
@@ -176,11 +186,20 @@ def new_bench(redis_url: str, settings: Settings) -> Iterator[Callable[..., Benc
     """Makes benches on the test's own namespace; each is another worker."""
     benches: list[Bench] = []
 
-    def new(*, start: bool = True, url: str = redis_url, timeout_seconds: float = 1, **changes: Any) -> Bench:
+    def new(
+        *,
+        start: bool = True,
+        url: str = redis_url,
+        timeout_seconds: float = 1,
+        context_len: int = 1000,
+        **changes: Any,
+    ) -> Bench:
         queue = replace(settings, redis_url=url, model=MODEL)
         worker = WorkerSettings(queue=queue, worker_id=f"worker-{len(benches)}", slots=4, look_seconds=0.1)
         bench = Bench(
-            Ledger.at(url, queue.keys, timeout_seconds=timeout_seconds, retries=0), replace(worker, **changes)
+            Ledger.at(url, queue.keys, timeout_seconds=timeout_seconds, retries=0),
+            replace(worker, **changes),
+            context_len=context_len,
         )
         benches.append(bench)
         if start:

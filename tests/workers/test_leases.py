@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from producer.contract import RedisUnavailable
 from producer.ledger import calls
+from tests.workers.conftest import wait_for
 from workers.leases import Leases
 
 NewBench = Callable[..., Any]
@@ -27,6 +29,7 @@ def new_leases(bench: Any) -> Iterator[Callable[..., Leases]]:
             lease_seconds=lease_seconds,
             about=lambda: {"model": "chatglm-6b", "slots": 4, "running": len(bench.running)},
             is_stuck=is_stuck,
+            on_reaped=bench.claims.look,
             metrics=bench.metrics,
         )
         made.append(leases)
@@ -35,6 +38,20 @@ def new_leases(bench: Any) -> Iterator[Callable[..., Leases]]:
     yield new
     for leases in made:
         leases.stop()
+
+
+def reaping_leases(bench: Any) -> Leases:
+    return Leases(
+        bench.ledger,
+        bench.running,
+        bench.publisher,
+        bench.settings.worker_id,
+        lease_seconds=0.4,
+        about=dict,
+        is_stuck=lambda: False,
+        on_reaped=bench.claims.look,
+        metrics=bench.metrics,
+    )
 
 
 def lease_left(bench: Any, request_id: str) -> float:
@@ -113,3 +130,75 @@ def test_what_a_worker_says_of_itself_is_shown_until_it_signs_off(
 
     leases.stop()
     assert bench.ledger.run(calls.overview("chatglm-6b")).workers == []
+
+
+def test_a_request_of_a_silent_worker_is_taken_over(
+    new_bench: NewBench, new_leases: Callable[..., Leases]
+) -> None:
+    dead = new_bench(lease_seconds=0.4)
+    request_id = dead.submit()
+    sequence_id = dead.generation(request_id).sequence_id
+    dead.say(sequence_id, "ab")
+    wait_for(lambda: "token" in dead.types(request_id))
+    dead.claims.drain()
+    alive = new_bench(look_seconds=60.0)
+    leases = reaping_leases(alive)
+    leases.start()
+
+    taken = alive.generation(request_id)
+    assert taken.emitted_ids == [ord("a"), ord("b")]
+    assert taken.prompt_ids == dead.generated[0].prompt_ids
+    alive.say(taken.sequence_id, "c", "stop")
+    dead.say(sequence_id, "x", "stop")
+    assert alive.ended(request_id)[-1].text == "abc"
+    wait_for(lambda: dead.running.get(request_id) is None)
+    leases.stop()
+
+
+def test_a_stuck_worker_takes_nothing_from_others(bench: Any, new_leases: Callable[..., Leases]) -> None:
+    bench.claims.drain()
+    request_id = bench.submit()
+    claim = bench.ledger.run(calls.claim("chatglm-6b", "dead", 0.05))
+    new_leases(is_stuck=lambda: True).start()
+    time.sleep(0.5)
+    assert bench.ledger.run(calls.status(request_id)).attempt == claim.attempt
+    assert bench.ledger.run(calls.status(request_id)).state == "running"
+
+
+def test_leases_that_nobody_could_renew_are_not_reaped_at_once(
+    bench: Any, new_leases: Callable[..., Leases], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.claims.drain()
+    request_id = bench.submit()
+    bench.ledger.run(calls.claim("chatglm-6b", "other", 0.05))
+    run = bench.ledger.run
+    is_down = True
+
+    def sometimes(call: Any) -> Any:
+        if is_down:
+            raise RedisUnavailable("here", "it is down")
+        return run(call)
+
+    monkeypatch.setattr(bench.ledger, "run", sometimes)
+    new_leases(lease_seconds=1.0).start()
+    time.sleep(0.4)
+    is_down = False
+    time.sleep(0.5)
+    assert run(calls.status(request_id)).state == "running"
+    wait_for(lambda: run(calls.status(request_id)).state == "queued")
+
+
+def test_a_worker_that_gets_its_own_request_back_goes_on_with_the_later_attempt(bench: Any) -> None:
+    request_id = bench.submit()
+    first = bench.generation(request_id)
+    bench.say(first.sequence_id, "ab")
+    wait_for(lambda: "token" in bench.types(request_id))
+    bench.ledger.connection.zadd(bench.ledger.keys.leases, {request_id: 1})
+    bench.ledger.run(calls.reap())
+    bench.claims.look()
+
+    second = wait_for(lambda: next((g for g in bench.generated if g.emitted_ids), None))
+    assert bench.aborted == [first.sequence_id]
+    bench.say(second.sequence_id, "c", "stop")
+    assert bench.ended(request_id)[-1].text == "abc"
+    assert bench.ended(request_id)[-1].attempts == 2
