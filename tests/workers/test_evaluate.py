@@ -28,6 +28,7 @@ PASSAGES = [
     ),
     Passage("深蹲的时候背部要保持挺直。" * 3),
 ]
+FORMS = ["float32", "int8", "int4", "int8, int8 activations", "int4, int8 activations"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -183,15 +184,18 @@ def test_a_text_file_is_prose(tmp_path: Path) -> None:
 
 def test_fewer_bits_are_further_away(measured: list[Measured]) -> None:
     assert [(one.form, one.adapter) for one in measured] == [
-        (form, name) for name in (None, "doctor") for form in ("float32", "int8", "int4")
+        (form, name) for name in (None, "doctor") for form in FORMS
     ]
-    for whole, int8, int4 in (measured[:3], measured[3:]):
+    for whole, int8, int4, int8_packed, int4_packed in (measured[:5], measured[5:]):
         assert whole.quality.agreement == 1
         assert whole.quality.divergence == 0
         assert 0 < int8.quality.divergence < int4.quality.divergence
         assert int8.quality.agreement >= int4.quality.agreement
         assert whole.weight_bytes > int8.weight_bytes > int4.weight_bytes
-    assert measured[0].quality.perplexity != measured[3].quality.perplexity
+        # Activations in 8 bits come on top of the weights' own loss.
+        assert int8.quality.divergence < int8_packed.quality.divergence < int4_packed.quality.divergence
+        assert (int8_packed.weight_bytes, int4_packed.weight_bytes) == (int8.weight_bytes, int4.weight_bytes)
+    assert measured[0].quality.perplexity != measured[5].quality.perplexity
 
 
 def test_perplexity_is_that_of_the_networks_own_last_logits(
@@ -242,7 +246,7 @@ def test_it_prints_a_table_and_draws_a_picture(
     assert program.main([str(tiny_checkpoint), *options]) == 0
     output = capsys.readouterr().out
     rows = [line.split("│")[1].strip() for line in output.splitlines() if line.startswith("│")]
-    assert rows == ["float32", "int8", "int4", "float32 + doctor", "int8 + doctor", "int4 + doctor"]
+    assert rows == [*FORMS, *(f"{form} + doctor" for form in FORMS)]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert 5_000 < picture.stat().st_size < 100_000
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from workers.quality.evaluation import Measured
 
-SIZE_INCHES: Final = (10.5, 3.6)
+SIZE_INCHES: Final = (13.0, 3.8)
 DOTS_PER_INCH: Final = 110
 COLOURS: Final = ("#5b6b7a", "#e08a3c")
 """Without an adapter, with it."""
@@ -52,7 +52,7 @@ def draw(measured: Sequence[Measured], title: str, path: Path) -> None:
             heights = [value(one) for one in group]
             bars = axis.bar(places, heights, 0.92 * width, color=COLOURS[index % len(COLOURS)])
             axis.bar_label(bars, [text.format(height) for height in heights], fontsize=8, padding=2)
-            axis.set_xticks(range(len(group)), [one.form for one in group])
+            axis.set_xticks(range(len(group)), [one.form.replace(" ", "\n") for one in group], fontsize=8)
         axis.set_title(name, fontsize=11)
         axis.set_ylabel(unit, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from workers.models import linear_onnxruntime
 from workers.models.adapter_bank import AdapterBank
 from workers.models.config import CheckpointError, Dtype, ModelConfig
-from workers.models.loader import DTYPES, load_model
+from workers.models.loader import DTYPES, Pack, load_model
 from workers.models.lora import read_adapter
 from workers.models.network import Network
 from workers.models.quantization import Bits
@@ -19,8 +20,26 @@ from workers.models.tokenizer import Tokenizer
 from workers.quality.measures import Quality, predictions
 from workers.quality.sample import Passage, SampleError, sequences_of
 
-FORMS: tuple[tuple[str, Bits | None], ...] = (("", None), ("int8", 8), ("int4", 4))
-"""Name and bits; the first has the dtype's own name, and the others are compared with it."""
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A form of the weights, and what they are multiplied by."""
+
+    name: str
+    bits: Bits | None = None
+    pack: Pack | None = None
+    """None: activations keep the dtype of the computation."""
+
+
+def forms_on(device: torch.device, dtype: Dtype) -> list[Form]:
+    """What a worker on this device can run. The first is whole, and the others are compared with it."""
+    forms = [Form(dtype), Form("int8", 8), Form("int4", 4)]
+    if device.type == "cpu" and linear_onnxruntime.is_available():
+        forms += [
+            Form("int8, int8 activations", 8, linear_onnxruntime.pack),
+            Form("int4, int8 activations", 4, linear_onnxruntime.pack),
+        ]
+    return forms
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +64,7 @@ def evaluate(
     max_targets: int = 4096,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Measured]:
-    """Each form without the adapter, then each with it, beside the weights. The first of three is what the others are held
+    """Each form without the adapter, then each with it, beside the weights. The unquantized one is what the others are held
     against; its predictions are kept in memory: max_targets times the vocabulary, in float32.
 
     Raises CheckpointError, AdapterError, SampleError.
@@ -61,30 +80,41 @@ def evaluate(
     if not sequences:
         raise SampleError(f"no passage of the sample fits into {max_len} tokens. Raise --max-len")
     expected: dict[bool, list[torch.Tensor]] = {}
-    measured: dict[tuple[bool, str], Measured] = {}
-    for name, bits in FORMS:
-        form = name or dtype
-        progress(f"loading it in {form}")
-        model = load_model(folder, dtype=DTYPES[dtype], device=device, config=config, quantize_bits=bits)
-        weight_bytes = _weight_bytes(model)
+    measured: dict[bool, list[Measured]] = {}
+    weight_bytes: dict[Bits | None, int] = {}
+    for form in forms_on(device, dtype):
+        progress(f"loading it in {form.name}")
+        model = load_model(
+            folder,
+            dtype=DTYPES[dtype],
+            device=device,
+            config=config,
+            quantize_bits=form.bits,
+            pack=form.pack,
+        )
+        if form.pack is None:  # packed weights are out of torch's sight, and as many
+            weight_bytes[form.bits] = _weight_bytes(model)
         for with_adapter in (False, True) if adapter is not None else (False,):
             slot = _load_adapter(model, adapter) if with_adapter and adapter is not None else 0
-            progress(f"measuring {form}{' with the adapter' if with_adapter else ''}")
+            progress(f"measuring {form.name}{' with the adapter' if with_adapter else ''}")
             quality = Quality()
             kept: list[torch.Tensor] = []
             for index, (log_probs, targets) in enumerate(predictions(model, tokenizer, sequences, slot)):
-                if bits is None:
+                if form.bits is None:
                     kept.append(log_probs.cpu())
                     quality.add(log_probs, log_probs, targets)
                 else:
                     quality.add(log_probs, expected[with_adapter][index].to(device), targets)
-            if bits is None:
+            if form.bits is None:
                 expected[with_adapter] = kept
-            label = adapter.name if with_adapter and adapter is not None else None
-            measured[with_adapter, form] = Measured(form, label, weight_bytes, quality)
+            name = adapter.name if with_adapter and adapter is not None else None
+            measured.setdefault(with_adapter, []).append(
+                Measured(form.name, name, weight_bytes[form.bits], quality)
+            )
         del model
         gc.collect()
-    yield from (measured[key] for key in sorted(measured, key=lambda key: key[0]))
+    for group in measured.values():
+        yield from group
 
 
 def _load_adapter(model: Network, folder: Path) -> int:
