@@ -290,6 +290,7 @@ class Claims:
             texts=list(claim.emitted_texts),
             num_published=len(claim.emitted_ids),
             num_emitted_before=len(claim.emitted_ids),
+            age_seconds=claim.age_seconds,
         )
         if claim.deadline_seconds is not None:
             running.deadline = running.claimed + claim.deadline_seconds

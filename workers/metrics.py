@@ -63,6 +63,16 @@ OTHER: Final = "other"
 _TRACKED_PER_LABEL: Final = 10
 _FADE_EVERY: Final = 10_000
 
+# Known before they happen, so that the first one is an increase, too.
+REJECTIONS: Final = (
+    "conversation_busy",
+    "deadline_exceeded",
+    "idempotency_conflict",
+    "queue_full",
+    "tenant_queue_full",
+)
+FAILURES: Final = ("deadline_exceeded", "internal_error")
+
 STATES: Final = ("loading", "ready", "draining")
 _FINISHED_REASONS: Final = {"stop": "stop", "length": "length", "cancelled": "abort", "failed": "error"}
 """Ours to vLLM's."""
@@ -118,7 +128,6 @@ class Metrics:
         self._identity = (model, engine)
         self._queue_name = queue_name
         self._hostname = socket.gethostname()
-        self._lock = threading.Lock()
         self._tenants = BusiestNames(MAX_TENANTS)
         self._adapters = BusiestNames(MAX_ADAPTERS)
         self.recent_first_token = RecentLatencies()
@@ -184,7 +193,6 @@ class Metrics:
         )
 
         for reason in _FINISHED_REASONS.values():
-            # So that the first one is an increase, too.
             self._success.labels(*self._identity, reason)
 
     def _define_task_metrics(self) -> None:
@@ -207,6 +215,8 @@ class Metrics:
             "glmq_requests", "Requests that ended here.", "tenant", "kind", "outcome"
         )
         self._failures = self._counters("glmq_request_failures", "Requests that failed, by code.", "code")
+        for code in FAILURES:
+            self._failures.labels(*self._identity, code)
         self._tenant_tokens = self._counters("glmq_answer_tokens", "Answer tokens, by tenant.", "tenant")
         self._adapter_requests = self._counters(
             "glmq_adapter_requests", "Requests that ended, by adapter.", "adapter"
@@ -269,10 +279,10 @@ class Metrics:
         """
         num_prefilled = 0
         for running in first:
-            num_prefilled += running.prompt_len + len(running.token_ids) - 1
+            num_prefilled += running.prompt_len + running.num_emitted_before
             self._prompt_tokens.inc(running.prompt_len)
             if running.num_emitted_before == 0 and running.kind not in _BACKGROUND:
-                seconds = running.queue_seconds + now - running.claimed
+                seconds = running.age_seconds + now - running.claimed
                 self._first_token.observe(seconds)
                 self.recent_first_token.count(seconds)
         for before, times in gaps.items():
@@ -312,7 +322,7 @@ class Metrics:
             return
         (self._revoked if outcome == "cancelled" else self._succeeded).labels(*task).inc()
         if running.kind not in _BACKGROUND:
-            self._e2e.observe(running.queue_seconds + now - running.claimed)
+            self._e2e.observe(running.age_seconds + now - running.claimed)
             self._queue_time.observe(running.queue_seconds)
         self._request_prompt.observe(running.prompt_len)
         self._request_answer.observe(len(running.token_ids))
@@ -416,15 +426,19 @@ class Metrics:
             "Requests that wait in the queue, by priority.",
             labels=("model_name", "priority"),
         )
-        for priority, number in enumerate(backlog.num_queued):
+        oldest = GaugeMetricFamily(
+            "glmq_queue_oldest_seconds",
+            "How long the oldest request in the queue has waited, by priority.",
+            labels=("model_name", "priority"),
+        )
+        for priority, (number, seconds) in enumerate(
+            zip(backlog.num_queued, backlog.oldest_seconds, strict=True)
+        ):
             queued.add_metric((model, str(priority)), number)
+            oldest.add_metric((model, str(priority)), seconds)
         yield queued
+        yield oldest
         for name, text, value in (
-            (
-                "glmq_queue_oldest_seconds",
-                "How long the oldest request in the queue has waited.",
-                backlog.oldest_seconds,
-            ),
             ("glmq_deployment_running", "Requests that run, of all models and workers.", backlog.num_running),
             (
                 "glmq_leases_overdue",
@@ -449,11 +463,11 @@ class Metrics:
             yield gauge
         rejected = CounterMetricFamily(
             "glmq_admission_rejected",
-            "Submissions refused at the door, by reason.",
+            "Submissions refused at the door or expired in the queue, by reason.",
             labels=("model_name", "reason"),
         )
-        for reason, number in sorted(backlog.rejected.items()):
-            rejected.add_metric((model, reason), number)
+        for reason in sorted({*REJECTIONS, *backlog.rejected}):
+            rejected.add_metric((model, reason), backlog.rejected.get(reason, 0))
         yield rejected
         tickets = GaugeMetricFamily(
             "celery_queue_length", "Tickets in the Celery queue.", labels=("queue_name",)

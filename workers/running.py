@@ -46,6 +46,9 @@ class RunningRequest:
     ticket: Ticket | None
     """Completed when the request ends; None when the worker found the request without one."""
     queue_seconds: float
+    """From submit to the first claim."""
+    age_seconds: float = 0.0
+    """Since submit, when it was claimed here."""
     tenant: str = ""
     kind: str = "unknown"
     adapter: str | None = None

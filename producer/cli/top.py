@@ -97,7 +97,7 @@ def render(model: str, sample: Sample, history: History) -> RenderableType:
 def _summary(model: str, sample: Sample, history: History) -> RenderableType:
     overview, backlog = sample.overview, sample.backlog
     slots = sum(int(_number(worker, "slots")) for worker in overview.workers)
-    oldest = f", the oldest for {duration(backlog.oldest_seconds)}" if any(backlog.num_queued) else ""
+    oldest = f", the oldest for {duration(max(backlog.oldest_seconds))}" if any(backlog.num_queued) else ""
     memory = f"{backlog.memory_used_bytes / 2**20:.0f} MiB"
     if backlog.memory_max_bytes:
         memory += f" of {backlog.memory_max_bytes / 2**20:.0f}"

@@ -1,18 +1,16 @@
 -- What waits in a deployment, for those who watch it.
 -- ARGV: model
--- Answers {queued requests of the model by priority (10 numbers), ms that the oldest of them has waited, running requests, of these those whose
+-- Answers {queued requests of the model by priority (10 numbers), ms that the oldest of each priority has waited, running requests, of these those whose
 -- lease has ended, conversations, dead letters, bytes in use, bytes allowed (0: no limit), {reason, number of refused submissions, ...}}.
 
 local now = now_ms()
 local queue = queue_key(ARGV[1])
-local queued, oldest = {}, 0
+local queued, oldest = {}, {}
 for priority = 0, 9 do
   local first, last = string.format('%.0f', priority * 5e14), string.format('(%.0f', (priority + 1) * 5e14)
   queued[priority + 1] = redis.call('ZCOUNT', queue, first, last)
   local head = redis.call('ZRANGEBYSCORE', queue, first, last, 'WITHSCORES', 'LIMIT', 0, 1)
-  if head[2] then
-    oldest = math.max(oldest, now - math.floor((tonumber(head[2]) - priority * 5e14) / 100))
-  end
+  oldest[priority + 1] = head[2] and now - math.floor((tonumber(head[2]) - priority * 5e14) / 100) or 0
 end
 local info = redis.call('INFO', 'memory')
 return {

@@ -303,8 +303,8 @@ class Backlog:
 
     num_queued: tuple[int, ...]
     """Of the model that was asked for, by priority, 0 (the most urgent) to 9."""
-    oldest_seconds: float
-    """How long the oldest of them has waited."""
+    oldest_seconds: tuple[float, ...]
+    """How long the oldest one of each priority has waited."""
     num_running: int
     """Of all models."""
     num_overdue: int
@@ -327,7 +327,15 @@ def backlog(model: str) -> Call[Backlog]:
         queued, oldest_ms, running, overdue, conversations, dead, used, maximum, rejected = answer
         counts = {reason: int(number) for reason, number in _pairs(rejected).items()}
         return Backlog(
-            tuple(queued), oldest_ms / 1000, running, overdue, conversations, dead, used, maximum, counts
+            tuple(queued),
+            tuple(ms / 1000 for ms in oldest_ms),
+            running,
+            overdue,
+            conversations,
+            dead,
+            used,
+            maximum,
+            counts,
         )
 
     return Call("backlog", [model], parse)
@@ -352,6 +360,8 @@ class Claim:
     """Answer tokens that earlier attempts have emitted; go on after them."""
     emitted_texts: tuple[str, ...] = ()
     """Their texts, as the reader has them."""
+    age_seconds: float = 0.0
+    """Since submit."""
 
 
 def claim(model: str, worker: str, lease_seconds: float) -> Call[Claim | None]:
@@ -360,7 +370,7 @@ def claim(model: str, worker: str, lease_seconds: float) -> Call[Claim | None]:
     def parse(answer: list[Any]) -> Claim | None:
         if answer[0] == 0:
             return None
-        _, request_id, attempt, request, waited, left, items = answer
+        _, request_id, attempt, request, waited, left, items, age = answer
         tokens = [event for _, data in _entries(items) if isinstance(event := decode_event(data), Token)]
         return Claim(
             request_id,
@@ -370,6 +380,7 @@ def claim(model: str, worker: str, lease_seconds: float) -> Call[Claim | None]:
             None if left < 0 else left / 1000,
             tuple(token_id for token in tokens for token_id in token.ids),
             tuple(text for token in tokens for text in token.texts),
+            age / 1000,
         )
 
     return Call(

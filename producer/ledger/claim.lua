@@ -1,6 +1,7 @@
 -- A worker takes the most urgent request, of equally urgent ones the oldest.
 -- ARGV: model, worker, lease in ms, Failed event for a request whose deadline passed in the queue
--- Answers {1, id, attempt, request, ms in the queue before the first claim, ms until the deadline (-1: none), events so far},
+-- Answers {1, id, attempt, request, ms in the queue before the first claim, ms until the deadline (-1: none), events so far,
+--          ms since submit},
 -- {0} when there is no work, {2} when it only cleared away requests whose time was over: call again.
 -- An attempt limit and fair shares between tenants will be decided here.
 
@@ -20,6 +21,7 @@ for _ = 1, 100 do
   if fields[1] ~= 'queued' then
     redis.call('ZREM', queue_key(model), id)
   elseif deadline and deadline <= now then
+    count_rejected('deadline_exceeded')
     end_request(id, 'failed', too_late, now)
   else
     local attempt = tonumber(fields[2]) + 1
@@ -34,7 +36,7 @@ for _ = 1, 100 do
       events = redis.call('XRANGE', events_key(id), '-', '+')
     end
     publish_pushes()
-    return {1, id, attempt, fields[5], waited, deadline and deadline - now or -1, events}
+    return {1, id, attempt, fields[5], waited, deadline and deadline - now or -1, events, now - tonumber(fields[4])}
   end
 end
 publish_pushes()

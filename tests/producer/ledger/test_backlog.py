@@ -20,12 +20,8 @@ def test_an_empty_deployment_has_no_backlog(ledger: Ledger) -> None:
     backlog = ledger.run(calls.backlog(MODEL))
 
     assert backlog.num_queued == (0,) * 10
-    assert (backlog.oldest_seconds, backlog.num_running, backlog.num_overdue, backlog.rejected) == (
-        0,
-        0,
-        0,
-        {},
-    )
+    assert backlog.oldest_seconds == (0,) * 10
+    assert (backlog.num_running, backlog.num_overdue, backlog.rejected) == (0, 0, {})
     assert backlog.memory_used_bytes > 0
 
 
@@ -38,12 +34,24 @@ def test_queued_requests_are_counted_by_priority_and_model(ledger: Ledger) -> No
     assert sum(ledger.run(calls.backlog("another")).num_queued) == 1
 
 
-def test_the_oldest_is_found_behind_more_urgent_ones(ledger: Ledger) -> None:
+def test_the_oldest_of_each_priority_is_known(ledger: Ledger) -> None:
     submit(ledger, priority=9)
     time.sleep(0.3)
+    submit(ledger, priority=9)
     submit(ledger, priority=0)
 
-    assert 0.3 <= ledger.run(calls.backlog(MODEL)).oldest_seconds < 5
+    oldest = ledger.run(calls.backlog(MODEL)).oldest_seconds
+    assert 0.3 <= oldest[9] < 5
+    assert oldest[0] < oldest[9]
+    assert oldest[1:9] == (0,) * 8
+
+
+def test_a_request_that_expired_in_the_queue_is_counted(ledger: Ledger) -> None:
+    submit(ledger, deadline_seconds=0.01)
+    time.sleep(0.05)
+    assert ledger.run(calls.claim(MODEL, "w", lease_seconds=60)) is None
+
+    assert ledger.run(calls.backlog(MODEL)).rejected == {"deadline_exceeded": 1}
 
 
 def test_a_running_request_is_overdue_once_its_lease_has_ended(ledger: Ledger) -> None:
