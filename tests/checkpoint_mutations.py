@@ -289,15 +289,11 @@ def _run(model: Any, tokenizer: Any) -> None:
     """What loads must also run: one prompt through the network."""
     import torch
 
-    from workers.models.layout import Layout
     from workers.models.prefill import pack_sequences
 
-    ids = [7, tokenizer.gmask_id, tokenizer.bos_id]
-    layout = Layout.of_prompt(
-        ids, bos_id=tokenizer.bos_id, gmask_id=tokenizer.gmask_id, mask_id=tokenizer.mask_id
-    )
+    ids = tokenizer.build_prompt("你好")
     with torch.inference_mode():
-        model.float()(pack_sequences([ids], [layout]))
+        model.float()(pack_sequences([ids], [tokenizer.layout(ids)]))
 
 
 VICTIMS = (
@@ -307,6 +303,11 @@ VICTIMS = (
     Victim("bin", "pytorch_model.bin", (*ANY_FILE, *[change_archive] * 12), load_checkpoint),
     Victim("sharded", "model.safetensors.index.json", (*ANY_FILE[:4], *[change_json] * 8), load_checkpoint),
     Victim("sharded", "model-00002-of-00002.safetensors", (*ANY_FILE, *[change_header] * 8), load_checkpoint),
+    Victim("int4", "model.safetensors", (*ANY_FILE, *[change_header] * 8), load_checkpoint),
+    Victim("int4", "config.json", (*ANY_FILE[:4], *[change_json] * 8), load_checkpoint),
+    Victim("second", "model.safetensors", (*ANY_FILE, *[change_header] * 8), load_checkpoint),
+    Victim("second", "config.json", (*ANY_FILE[:4], *[change_json] * 8), load_checkpoint),
+    Victim("second", "tokenizer.model", (*ANY_FILE, *[change_proto] * 16), load_tokenizer),
     Victim("adapter", "adapter_model.safetensors", (*ANY_FILE, *[change_header] * 8), load_adapter),
     Victim("adapter", "adapter_config.json", (*ANY_FILE[:4], *[change_json] * 8), load_adapter),
     Victim("adapter_bin", "adapter_model.bin", (*ANY_FILE, *[change_archive] * 12), load_adapter),
@@ -319,9 +320,10 @@ def write_folders(root: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     from tests.lora_adapter import write_adapter
-    from tests.random_checkpoint import write_random_checkpoint
+    from tests.random_checkpoint import write_random_checkpoint, write_random_second_generation
     from workers.models.loader import load_model
     from workers.models.lora import linear_shapes
+    from workers.models.quantized_checkpoint import write_quantized
 
     whole = root / "safetensors"
     write_random_checkpoint(whole, num_layers=2)
@@ -338,6 +340,8 @@ def write_folders(root: Path) -> None:
         weight_map |= dict.fromkeys(keys, file)
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     (root / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_quantized(whole, root / "int4", 4)
+    write_random_second_generation(root / "second")
     shapes = linear_shapes(load_model(whole))
     write_adapter(root / "adapter", shapes, rank_pattern={"query_key_value": 4}, use_rslora=True)
     write_adapter(root / "adapter_bin", shapes, as_bin=True)

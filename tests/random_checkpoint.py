@@ -83,3 +83,65 @@ def write_random_checkpoint(folder: Path, *, seed: int = 0, num_layers: int = 3)
     (folder / "ice_text.model").write_bytes(model_proto)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def train_second_tokenizer() -> bytes:
+    """A byte-pair model as ChatGLM2-6B's: nothing is normalised, and special tokens are no pieces."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS.strip().splitlines() * 5),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=600,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        num_threads=1,
+    )
+    return model.getvalue()
+
+
+def write_random_second_generation(folder: Path, *, seed: int = 0, num_layers: int = 2) -> None:
+    """The same for ChatGLM2-6B's architecture."""
+    import torch
+    from safetensors.torch import save_file
+
+    from workers.models.config import ModelConfig
+    from workers.models.loader import new_network
+    from workers.models.pieces import PieceModel
+
+    model_proto = train_second_tokenizer()
+    fields = {
+        "model_type": "chatglm",
+        "multi_query_attention": True,
+        "multi_query_group_num": 2,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "kv_channels": 16,
+        "num_attention_heads": 4,
+        "num_layers": num_layers,
+        "padded_vocab_size": len(PieceModel(model_proto)) + 19,
+        "seq_length": 512,
+        "layernorm_epsilon": 1e-5,
+        "add_qkv_bias": True,
+        "rmsnorm": True,
+        "torch_dtype": "float32",
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    model = new_network(ModelConfig.from_fields(fields))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layernorm" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    (folder / "tokenizer.model").write_bytes(model_proto)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

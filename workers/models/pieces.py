@@ -49,11 +49,11 @@ class PieceModel:
     def __init__(self, model_proto: bytes) -> None:
         try:
             self.pieces = tuple(_read_pieces(model_proto))
+            self.adds_dummy_prefix, self.removes_extra_spaces = _space_rules(model_proto)
         except (IndexError, KeyError, ValueError) as error:
             raise PieceError(f"not a sentencepiece model ({error})") from error
         if not self.pieces:
             raise PieceError("not a sentencepiece model (it has no pieces)")
-        self.adds_dummy_prefix, self.removes_extra_spaces = _space_rules(model_proto)
         self._ids = {piece.text: index for index, piece in enumerate(self.pieces)}
         white_space = {
             index: text
@@ -228,6 +228,8 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
         shift += 7
+        if shift > 63:
+            raise ValueError(f"a number of more than 64 bits before byte {position}")
 
 
 def _length_delimited(number: int, value: bytes) -> bytes:

@@ -382,6 +382,14 @@ def test_a_link_to_itself_is_refused(folder: Path) -> None:
         weight_files(folder)
 
 
+def test_a_tokenizer_of_one_endless_number_is_refused_at_once(folder: Path) -> None:
+    (folder / "ice_text.model").write_bytes(b"\xff" * 10_000_000)
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match="not a sentencepiece model"):
+        Tokenizer.from_folder(folder)
+    assert time.monotonic() - started < 1
+
+
 # --- configs ---------------------------------------------------------------------------------------------------------
 
 
