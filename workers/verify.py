@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 dtype=TORCH_DTYPES[dtype],
                 max_new_tokens=options.max_new_tokens,
                 tolerance=options.tolerance,
+                adapter=options.adapter,
             ):
                 rows.append(comparison)
                 status.update(f"compared: {comparison.what}")
@@ -90,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="PATH",
         help="hold the checkpoint against the code and the weights in this folder instead, such as what it was made of",
+    )
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="PATH",
+        help="compare the logits with this LoRA, too (PEFT's and ours)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(

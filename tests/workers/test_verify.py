@@ -13,7 +13,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoint_code import add_code
+from tests.lora_adapter import write_adapter
 from workers import verify
+from workers.models.loader import load_model
+from workers.models.lora import linear_shapes, read_adapter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # transformers 4.30.2 is older than what it imports
@@ -36,7 +39,7 @@ def verdicts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         )
         output = capsys.readouterr().out
         rows = [line.split("│")[1:-1] for line in output.splitlines() if line.startswith("│")]
-        assert len(rows) == 7, output
+        assert len(rows) == 7 + ("--adapter" in options), output
         different = {what.strip() for what, _, _, verdict in rows if verdict.strip() == "DIFFERENT"}
         assert code == int(bool(different))
         return different
@@ -63,6 +66,20 @@ def test_the_originals_data_and_our_code_for_both_generations_are_equal(
     folder = copy_of(golden_root / name)
     add_code(folder)
     assert verdicts(folder) == set()
+
+
+def test_an_adapter_is_compared_and_one_that_differs_is_found(
+    checkpoint_with_code: Path,
+    verdicts: Callable[..., set[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes = linear_shapes(load_model(checkpoint_with_code))
+    adapter = write_adapter(tmp_path / "doctor", shapes, targets=("query_key_value", "dense_4h_to_h"))
+    assert verdicts(checkpoint_with_code, "--adapter", str(adapter)) == set()
+    other = read_adapter(write_adapter(tmp_path / "other", shapes, seed=1), shapes)
+    monkeypatch.setattr("workers.reference.comparison.read_adapter", lambda *_: other)
+    assert verdicts(checkpoint_with_code, "--adapter", str(adapter)) == {"logits with doctor"}
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,14 @@ import torch
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.engine.messages import Generate, Sampling
+from workers.models.adapter_bank import AdapterBank
 from workers.models.config import ModelConfig
 from workers.models.loader import load_model
+from workers.models.lora import read_adapter
+from workers.models.network import Network
 from workers.models.prefill import pack_sequences
 from workers.models.tokenizer import Tokenizer, chat_text
+from workers.reference.adapters import ReferenceAdapters
 from workers.reference.checkpoint import Reference, load_reference
 from workers.reference.texts import CONVERSATIONS, RESPONSES, SPELLED_SPECIALS, TEXTS
 
@@ -58,6 +62,8 @@ class Said:
     prompt_ids: list[list[int]]
     logits: list[torch.Tensor] = field(default_factory=list)
     """[S, V] float32 of each prompt, on the CPU."""
+    adapter_logits: list[torch.Tensor] = field(default_factory=list)
+    """The same with the adapter, when there is one."""
     answers: list[list[int]] = field(default_factory=list)
     margins: list[list[float]] = field(default_factory=list)
     """At each token of an answer: how far the best score is above the second."""
@@ -71,27 +77,41 @@ def compare(
     dtype: torch.dtype,
     max_new_tokens: int = 32,
     tolerance: float | None = None,
+    adapter: Path | None = None,
 ) -> Iterator[Comparison]:
     """Compares this checkpoint with what the code in `reference_folder` (its own folder by default) makes of the weights
     there. The code runs: ask first.
 
-    Raises CheckpointError for a folder that cannot be loaded, and ValueError for a device that is not there.
+    Raises CheckpointError for a folder that cannot be loaded (AdapterError: the adapter's), and ValueError for a device that
+    is not there.
     """
     tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
     config = ModelConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder, config)
     reference = load_reference(reference_folder or folder, trust_remote_code=True, device=device, dtype=dtype)
     said = _listen(reference, max_new_tokens)
+    if adapter is not None:
+        adapters = ReferenceAdapters(reference.model)
+        adapters.know(adapter.name, adapter)
+        adapters.use(adapter.name)
+        said.adapter_logits.extend(_reference_logits(reference, ids) for ids in said.prompt_ids)
+        del adapters
     yield from _compare_tokenizers(said, tokenizer)
     del reference
     gc.collect()
     model = load_model(folder, dtype=dtype, device=device, config=config)
-    yield _compare_logits(said, [_logits(model, tokenizer, ids) for ids in said.prompt_ids], tolerance)
+    ours = [_logits(model, tokenizer, ids) for ids in said.prompt_ids]
+    yield _compare_logits("logits", said.logits, ours, tolerance)
     engine_config = EngineConfig(
         checkpoint=str(folder), max_num_seqs=len(said.prompt_ids), context_len=_room(said, max_new_tokens)
     )
     answers = _answers(Engine(model, tokenizer, engine_config), said.prompt_ids, max_new_tokens)
     yield _compare_answers(said, answers, tolerance)
+    if adapter is not None:
+        bank = AdapterBank(model, 1, dtype=model.dtype, device=model.device)
+        bank.load(1, read_adapter(adapter, bank.shapes))
+        ours = [_logits(model, tokenizer, ids, adapter_slot=1) for ids in said.prompt_ids]
+        yield _compare_logits(f"logits with {adapter.name}", said.adapter_logits, ours, tolerance)
 
 
 # --- the checkpoint's own code ---------------------------------------------------------------------------------------
@@ -114,11 +134,8 @@ def _listen(reference: Reference, max_new_tokens: int) -> Said:
         prompt_ids=[_prompt_ids(reference, turns) for turns in CONVERSATIONS],
     )
     for ids in said.prompt_ids:
-        prompt = torch.tensor([ids], device=reference.device)
-        with torch.inference_mode():
-            logits = model(input_ids=prompt).logits[0].float().cpu()
         out = model.generate(
-            input_ids=prompt,
+            input_ids=torch.tensor([ids], device=reference.device),
             do_sample=False,
             num_beams=1,
             max_new_tokens=max_new_tokens,
@@ -126,10 +143,18 @@ def _listen(reference: Reference, max_new_tokens: int) -> Said:
             output_scores=True,
         )
         best = [scores[0].float().topk(2).values.tolist() for scores in out.scores]
-        said.logits.append(logits)
+        said.logits.append(_reference_logits(reference, ids))
         said.answers.append(out.sequences[0, len(ids) :].tolist())
         said.margins.append([first - second for first, second in best])
     return said
+
+
+@torch.inference_mode()
+def _reference_logits(reference: Reference, ids: list[int]) -> torch.Tensor:
+    """[S, V] float32 of one prompt, on the CPU."""
+    prompt = torch.tensor([ids], device=reference.device)
+    logits: torch.Tensor = reference.model(input_ids=prompt).logits[0].float().cpu()
+    return logits
 
 
 def _prompt_ids(reference: Reference, turns: Sequence[tuple[str, str]]) -> list[int]:
@@ -154,9 +179,11 @@ def _prompt_ids(reference: Reference, turns: Sequence[tuple[str, str]]) -> list[
 
 
 @torch.inference_mode()
-def _logits(model: Any, tokenizer: Tokenizer, ids: list[int]) -> torch.Tensor:
+def _logits(model: Network, tokenizer: Tokenizer, ids: list[int], adapter_slot: int = 0) -> torch.Tensor:
     """[S, V] float32 of one prompt, on the CPU."""
     batch = pack_sequences([ids], [tokenizer.layout(ids)], model.device)
+    if adapter_slot:
+        batch.adapter_slots = torch.full_like(batch.token_ids, adapter_slot)
     logits: torch.Tensor = model(batch, all_positions=True).float().cpu()
     return logits
 
@@ -250,21 +277,23 @@ def _compare_specials(said: Said, tokenizer: Tokenizer) -> Comparison:
     return Comparison(what, compared, worst, True, "by design")
 
 
-def _compare_logits(said: Said, ours: Sequence[torch.Tensor], tolerance: float) -> Comparison:
+def _compare_logits(
+    what: str, theirs: Sequence[torch.Tensor], ours: Sequence[torch.Tensor], tolerance: float
+) -> Comparison:
     num_positions = sum(len(logits) for logits in ours)
     compared = f"{len(ours)} prompts, {num_positions} positions x {ours[0].shape[-1]}"
     worst, place = 0.0, (0, 0)
-    for index, (theirs, mine) in enumerate(zip(said.logits, ours, strict=True)):
-        if theirs.shape != mine.shape:
-            shapes = f"{list(theirs.shape)}, ours {list(mine.shape)}"
-            return Comparison("logits", compared, f"the shape of prompt {index} is {shapes}", False)
-        by_position = (theirs - mine).abs().amax(dim=-1)
+    for index, (other, mine) in enumerate(zip(theirs, ours, strict=True)):
+        if other.shape != mine.shape:
+            shapes = f"{list(other.shape)}, ours {list(mine.shape)}"
+            return Comparison(what, compared, f"the shape of prompt {index} is {shapes}", False)
+        by_position = (other - mine).abs().amax(dim=-1)
         # NaN is the worst difference, and the first one counts.
         largest = math.inf if by_position.isnan().any() else float(by_position.max())
         if largest > worst:
             worst, place = largest, (index, int(by_position.nan_to_num(math.inf).argmax()))
     text = f"{worst:.2e} at prompt {place[0]}, position {place[1]} (allowed: {tolerance:g})"
-    return Comparison("logits", compared, text, worst <= tolerance)
+    return Comparison(what, compared, text, worst <= tolerance)
 
 
 def _compare_answers(said: Said, ours: Sequence[list[int]], tolerance: float) -> Comparison:
