@@ -315,7 +315,6 @@ class _Listener(threading.Thread):
             except redis.RedisError:
                 self._is_stopping.wait(pause)
                 pause = min(pause * 2, 1.0)
-        self._connection.close()
 
     def _messages(self, pubsub: Any) -> Iterator[dict[str, Any]]:
         heard_at, is_asked = time.monotonic(), False
@@ -338,6 +337,7 @@ class _Listener(threading.Thread):
             self._connection.publish(self._channel, "")
         if threading.current_thread() is not self:
             self.join(5.0)
+        self._connection.close()
 
 
 class _TaskInbox:

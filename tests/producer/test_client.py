@@ -399,7 +399,9 @@ def test_a_reader_that_leaves_is_not_written_to_any_more(
     assert not ledger.connection.hget(keys.request(submission.request_id), "readers")
 
 
-def test_many_streams_share_one_connection(either: Any, worker: HandWorker, ledger: Ledger) -> None:
+def test_many_streams_share_one_connection(
+    either: Any, worker: HandWorker, ledger: Ledger, keys: Keys
+) -> None:
     def num_listeners() -> int:
         return len(ledger.connection.client_list(_type="pubsub"))
 
@@ -407,7 +409,8 @@ def test_many_streams_share_one_connection(either: Any, worker: HandWorker, ledg
     ids = [either.chat("q").request_id for _ in range(20)]
     with ThreadPoolExecutor(20) as pool:
         reading = [pool.submit(lambda each: list(either.stream(each)), request_id) for request_id in ids]
-        time.sleep(0.2)
+        for request_id in ids:
+            wait_until_listening(worker, keys, request_id)
         assert num_listeners() == before + 1
         for _ in ids:
             worker.answer(claimed(worker), *TEXTS)
@@ -470,14 +473,20 @@ def restarted(state_dir: Path, record: str) -> Iterator[str]:
     import json
     import subprocess
 
-    from producer.embedded import _version_of, find_binary
+    from producer.embedded import find_binary
 
-    binary = find_binary()
-    assert _version_of(binary.path) is not None
     process = subprocess.Popen(
-        [binary.path, state_dir / "server.conf"], stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+        [find_binary().path, state_dir / "server.conf"], stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL
     )
     fields = json.loads(record)
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", fields["port"])).close()
+            break
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline, "the server did not come back"
+            time.sleep(0.01)
     try:
         yield f"redis://:{fields['password']}@127.0.0.1:{fields['port']}/0"
     finally:
