@@ -60,7 +60,7 @@ class Tokenizer:
         self.eos_id = self._special("<eop>", "eos", claimed)
         self.mask_id = self._special("[MASK]", "mask", claimed)
         self.gmask_id = self._special("[gMASK]", "gmask", claimed)
-        self.pad_id = self.first_id + _piece_id(pieces, "<pad>")
+        self.pad_id = self.removed_id = self.first_id + _piece_id(pieces, "<pad>")
         self.surfaces = tuple(_surface(piece.text, piece.type) for piece in pieces.pieces)
         """What each piece adds to a text, by piece id; "" for a byte piece, whose value is in `byte_values`."""
         self.byte_values = _byte_values(pieces)
@@ -191,7 +191,7 @@ class ChatGLM2Tokenizer(Tokenizer):
             len(pieces), len(pieces) + len(_ADDED)
         )
         self.eos_id = self._special("</s>", "eos", special_ids or {})
-        self.pad_id = -1  # its id, 0, is the unknown piece's, and leaves what that leaves
+        self.pad_id, self.removed_id = 0, -1  # the unknown piece's, which is decoded as that
         # Control and unknown pieces, and the added ids, leave nothing at all.
         self.surfaces = (
             *("" if kind is PieceType.UNKNOWN else _surface(text, kind) for text, kind in pieces.pieces),
@@ -224,14 +224,14 @@ _ADDED: Final = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 class PieceJoiner:
     """Ids to text one by one, as sentencepiece joins pieces; bytes are held back until they make a character."""
 
-    __slots__ = ("_byte_values", "_bytes", "_first_id", "_is_at_start", "_pad_id", "_surfaces", "_tokenizer")
+    __slots__ = ("_byte_values", "_bytes", "_first_id", "_is_at_start", "_removed_id", "_surfaces", "_tokenizer")
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._surfaces = tokenizer.surfaces
         self._byte_values = tokenizer.byte_values
         self._first_id = tokenizer.first_id
-        self._pad_id = tokenizer.pad_id
+        self._removed_id = tokenizer.removed_id
         self._bytes = b""
         self._is_at_start = tokenizer.strips_first_space
 
@@ -240,7 +240,7 @@ class PieceJoiner:
         piece = id_ - self._first_id
         if not 0 <= piece < len(self._surfaces):
             raise ValueError(f"id {id_} is no token of this model")
-        if id_ == self._pad_id:
+        if id_ == self._removed_id:
             return ""  # removed before anything is joined: bytes on its two sides can make one character
         byte = self._byte_values[piece]
         if byte >= 0:

@@ -65,7 +65,10 @@ def tiny_tokenizer(tiny_checkpoint) -> Tokenizer:
     return Tokenizer.from_folder(tiny_checkpoint)
 
 
-@pytest.fixture(scope="module", params=["tiny", "chatglm-6b-tiny", "chatglm-6b-realvocab"])
+GOLDEN_MODELS = ("chatglm-6b-tiny", "chatglm-6b-realvocab", "chatglm2-6b-tiny", "chatglm2-6b-realvocab")
+
+
+@pytest.fixture(scope="module", params=["tiny", *GOLDEN_MODELS])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     if request.param == "tiny":
         return request.getfixturevalue("tiny_tokenizer")
@@ -160,7 +163,7 @@ def test_the_text_ends_before_the_stop_string_that_is_complete_first(tokenizer, 
 
 
 def test_golden_answers_come_in_pieces(golden_root):
-    for name in ("chatglm-6b-tiny", "chatglm-6b-realvocab"):
+    for name in GOLDEN_MODELS:
         data = json.loads((golden_root / name / "golden_model.json").read_text(encoding="utf-8"))
         tokenizer = Tokenizer.from_folder(golden_root / name)
         for prompt in data["prompts"]:

@@ -273,9 +273,12 @@ def test_a_sequence_with_invalid_scores_does_not_touch_the_others(new_engine, ti
     assert engine.answers[2] == [5] * 20
 
 
+GOLDEN_MODELS = ("chatglm-6b-tiny", "chatglm-6b-realvocab", "chatglm2-6b-tiny", "chatglm2-6b-realvocab")
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_greedy_answers_equal_the_originals(golden_root, drive, together):
-    for name in ("chatglm-6b-tiny", "chatglm-6b-realvocab"):
+    for name in GOLDEN_MODELS:
         folder = golden_root / name
         data = json.loads((folder / "golden_model.json").read_text(encoding="utf-8"))
         engine = Engine.from_config(EngineConfig(checkpoint=str(folder), device="cpu", num_threads=1))
@@ -295,7 +298,7 @@ def test_greedy_answers_equal_the_originals(golden_root, drive, together):
 
 
 def test_a_batch_and_a_long_prompt_continue_as_the_originals(golden_root, drive):
-    for name in ("chatglm-6b-tiny", "chatglm-6b-realvocab"):
+    for name in GOLDEN_MODELS:
         folder = golden_root / name
         data = json.loads((folder / "golden_model.json").read_text(encoding="utf-8"))
         engine = Engine.from_config(EngineConfig(checkpoint=str(folder), device="cpu", num_threads=1))

@@ -80,6 +80,20 @@ def golden(request: pytest.FixtureRequest, golden_root: Path) -> Golden:
     return _golden.setdefault(request.param, Golden(golden_root / request.param))
 
 
+GOLDEN2_MODELS = ("chatglm2-6b-tiny", "chatglm2-6b-realvocab")
+
+
+@pytest.fixture(scope="session", params=GOLDEN2_MODELS)
+def golden2(request: pytest.FixtureRequest, golden_root: Path) -> Golden:
+    """Those of the second generation."""
+    return _golden.setdefault(request.param, Golden(golden_root / request.param))
+
+
+@pytest.fixture(scope="session", params=GOLDEN_MODELS + GOLDEN2_MODELS)
+def any_golden(request: pytest.FixtureRequest, golden_root: Path) -> Golden:
+    return _golden.setdefault(request.param, Golden(golden_root / request.param))
+
+
 PackPrompts = Callable[[Sequence[Sequence[int]], ModelConfig], Batch]
 
 

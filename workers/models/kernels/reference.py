@@ -121,6 +121,9 @@ def _rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
     """Values 2j and 2j + 1 of the first half go together; the second half stays."""
     num_tokens, num_heads, head_dim = x.shape
     rotated, kept = x.split(head_dim // 2, dim=-1)
+    if x.dtype == torch.float16:
+        # Products rounded as the original rounds them: then a whole prompt's logits are its own to the last bit.
+        cos, sin = cos.half(), sin.half()
     first, second = rotated.reshape(num_tokens, num_heads, head_dim // 4, 2).to(cos.dtype).unbind(-1)
     pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return torch.cat((pairs.flatten(-2).to(x.dtype), kept), dim=-1)
