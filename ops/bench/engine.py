@@ -278,8 +278,9 @@ def main() -> None:
         for setting in arguments.weights:
             weights = ChatGLMWeights.random(CHATGLM_6B, setting, arguments.head)
             model = CudaChatGLM(CHATGLM_6B, weights)
-            embedding = weights.embedding.numel() * 2
-            read = weights.num_bytes - (embedding if weights.head.weight_format != "F16" else 0)
+            # Of an embedding that is not the head, a step reads next to nothing.
+            is_apart = weights.embedding is not None and weights.head.weight_format != "F16"
+            read = weights.num_bytes - (weights.embedding.nbytes if is_apart else 0)
             print(f"{setting}, {arguments.head} head: {weights.num_bytes / 1e9:.2f} GB of weights")
             for kv, requests in itertools.product(arguments.kv, arguments.requests):
                 count, prompt_len, answer_len = map(int, requests.split("x"))

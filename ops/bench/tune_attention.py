@@ -85,7 +85,7 @@ def main() -> None:
     rotary = rotary_tables(2049, HEAD_DIM, torch.float16, device)
     build_all(
         {
-            cuda_ops.decode_kernel(plan, HEAD_DIM, HEADS, BLOCK_SIZE, kv == "int8", True)
+            cuda_ops.decode_kernel(plan, HEAD_DIM, HEADS, HEADS, BLOCK_SIZE, kv == "int8", True)
             for kv in arguments.kv
             for batch in arguments.batch
             for plan in plans(batch)

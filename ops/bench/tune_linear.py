@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -61,9 +62,19 @@ def candidates(weight_format: str, rows: int, in_features: int) -> list[Plan]:
                     plans.append(WarpPlan(tiles, row_tiles, split, prefetch, stages, 24 // split))
     if weight_format in ("INT4", "INT8") and rows > 4:
         batch = next(size for size in (8, 16, 24, 32, 48, 64, 96, 128) if size >= rows)
-        for tall, split, prefetch, stages in itertools.product((1, 2), (1, 2, 4, 8), (2, 4), (4, 6)):
-            if chunks // split % prefetch == 0 and batch * tall <= 192:
-                plans.append(GroupPlan(batch, tall, split, prefetch, stages, 2 if batch * tall <= 64 else 1))
+        for (groups, tall), split, prefetch, stages in itertools.product(
+            ((2, 1), (2, 2), (3, 1), (4, 1), (4, 2)), (1, 2, 4, 8), (4,), (4, 6)
+        ):
+            registers = batch * tall // 2 + tall * (16 + 4 * prefetch) + 40
+            plan = GroupPlan(batch, tall, split, prefetch, stages, 1, groups)
+            if groups == 2 and registers <= 120:
+                plan = replace(plan, min_blocks=2)
+            if (
+                chunks // split % prefetch == 0
+                and registers * groups * 128 <= 65536
+                and shared_bytes(plan) * plan.min_blocks <= MAX_SHARED_BYTES
+            ):
+                plans.append(plan)
     return plans
 
 

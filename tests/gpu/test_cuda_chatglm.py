@@ -120,30 +120,30 @@ def half_model(config: ModelConfig) -> ChatGLM:
 
 
 @torch.inference_mode()
-def test_prompt_logits_equal_the_originals_within_half_precision(golden: Path) -> None:
+def test_prompt_logits_are_as_close_to_the_originals_as_half_precision_can_be(golden: Path) -> None:
+    """PyTorch's own operators in fp16 are the measure: their distance from the original's float32, and the margin between the
+    two best scores from which on no token may change."""
     from workers.models.cuda_chatglm import ChatGLMWeights, CudaChatGLM
 
     data = json.loads((golden / "golden_model.json").read_text(encoding="utf-8"))
-    noise = data["half"]["max_abs_diff_fp16_vs_fp32_last"]
     config = ModelConfig.from_folder(golden)
-    model = CudaChatGLM(
-        config, ChatGLMWeights.from_model(load_model(golden, dtype=torch.half, device="cuda"))
-    )
+    plain = load_model(golden, dtype=torch.half, device="cuda")
     batch, _ = pack([prompt["input_ids"] for prompt in data["prompts"]], config)
     batch.slots.zero_()
+    plain_logits = plain(batch, None, all_positions=True).float().cpu()
+    model = CudaChatGLM(config, ChatGLMWeights.from_model(plain))
     logits = model(batch, None, all_positions=True).float().cpu()
-    starts = batch.query_starts.tolist()
     with safe_open(golden / "logits.safetensors", "pt") as file:
-        for index, prompt in enumerate(data["prompts"]):
-            expected = file.get_tensor(f"prompt{index}.logits")
-            own = logits[starts[index] : starts[index + 1]]
-            assert relative_error(own, expected) < 3e-2
-            torch.testing.assert_close(own, expected, atol=6 * noise, rtol=0)
-            best = expected.topk(2).values
-            is_clear = best[:, 0] - best[:, 1] > 2 * noise
-            assert torch.equal(
-                own.argmax(-1)[is_clear], torch.tensor(prompt["argmax_per_position"])[is_clear]
-            )
+        expected = torch.cat(
+            [file.get_tensor(f"prompt{index}.logits") for index in range(len(data["prompts"]))]
+        )
+    assert relative_error(logits, expected) < 1.2 * relative_error(plain_logits, expected) < 3e-2
+    noise = (plain_logits - expected).abs().max()
+    assert (logits - expected).abs().max() < 1.5 * noise
+    best = expected.topk(2).values
+    is_clear = best[:, 0] - best[:, 1] > noise
+    assert is_clear.sum() > 100
+    assert torch.equal(logits.argmax(-1)[is_clear], expected.argmax(-1)[is_clear])
 
 
 @torch.inference_mode()

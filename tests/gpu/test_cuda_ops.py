@@ -55,6 +55,24 @@ def test_layer_norm_and_its_residual_and_embedding_forms_agree_with_float32(rows
     assert relative_error(out, expected) < HALF_TOLERANCE
 
 
+@pytest.mark.parametrize("size", [64, 4096])
+def test_rows_of_a_packed_head_serve_as_embedding(size: int) -> None:
+    from workers.models.kernels import cuda_ops, weight_packing
+
+    values = torch.randint(-128, 128, (160, size), dtype=torch.int8)
+    scales = torch.rand(160).half()
+    token_ids = torch.randint(160, (255,), device="cuda")
+    weight, bias = half(size), half(size)
+    embedding = (values.half() * scales[:, None]).cuda()
+    expected = reference.layer_norm(embedding[token_ids].float(), weight.float(), bias.float(), 1e-5)
+    out = poisoned(255, size)
+    packed = weight_packing.pack(values, 8).cuda()
+    cuda_ops.run_layer_norm(
+        packed, weight, bias, 1e-5, out, token_ids=token_ids, embedding_scales=scales.float().cuda()
+    )
+    assert relative_error(out, expected) < HALF_TOLERANCE
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_gelu_agrees_with_float32(rows: int) -> None:
     from workers.models.kernels import cuda_ops
@@ -238,6 +256,28 @@ def test_prefix_attention_agrees_with_float32(head_dim: int, sequences: list[tup
     out = cuda_ops.attend_prefill(q, k, v, query_starts, prefix_lens, longest, head_dim**-0.5)
     expected = reference.attend_prefill(
         q.float(), k.float(), v.float(), query_starts, prefix_lens, longest, head_dim**-0.5
+    )
+    assert relative_error(out, expected) < HALF_TOLERANCE
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_heads_may_share_keys_and_values(num_kv_heads: int) -> None:
+    from workers.models.kernels import cuda_ops
+
+    tables, kv_lens, _, num_blocks = make_tables([1, 300, 77])
+    cache = cuda_ops.LayerCache(*(half(num_blocks, num_kv_heads, BLOCK_SIZE, 128) for _ in range(2)))
+    q = half(3, NUM_HEADS, 128)
+    arguments = (tables, kv_lens, 300, 128**-0.5)
+    out = cuda_ops.attend_decode(q, cache.keys, cache.values, *arguments)
+    expected = reference.attend_decode(q.float(), cache.keys.float(), cache.values.float(), *arguments)
+    assert relative_error(out, expected) < HALF_TOLERANCE
+
+    query_starts = torch.tensor([0, 70, 200], dtype=torch.int32, device="cuda")
+    prefix_lens = torch.tensor([0, 100], dtype=torch.int32, device="cuda")
+    q, k, v = half(200, NUM_HEADS, 128), half(200, num_kv_heads, 128), half(200, num_kv_heads, 128)
+    out = cuda_ops.attend_prefill(q, k, v, query_starts, prefix_lens, 130, 128**-0.5)
+    expected = reference.attend_prefill(
+        q.float(), k.float(), v.float(), query_starts, prefix_lens, 130, 128**-0.5
     )
     assert relative_error(out, expected) < HALF_TOLERANCE
 

@@ -55,9 +55,10 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class ChatGLMWeights:
-    """All parameters on one GPU. The head may be stored apart from the embedding, in another format."""
+    """All parameters on one GPU."""
 
-    embedding: torch.Tensor
+    embedding: torch.Tensor | None
+    """[V, H] fp16; None: the rows of the head, which is packed in int8"""
     layers: tuple[LayerWeights, ...]
     final_norm: Norm
     head: LinearWeight
@@ -96,12 +97,7 @@ class ChatGLMWeights:
             return taken
 
         transformer = model.transformer
-        embedding = _embedding(transformer.word_embeddings, device)
-        if model.lm_head.weight is transformer.word_embeddings.weight:
-            taken_head = LinearWeight.from_dense(embedding, None, FORMATS[head or "fp16"])
-        else:
-            taken_head = linear(model.lm_head, head)
-        transformer.word_embeddings.weight.data = transformer.word_embeddings.weight.data.new_empty(0)
+        embedding, taken_head = _embedding_and_head(model, FORMATS[head or "fp16"], device)
         layers = tuple(
             LayerWeights(
                 norm(layer.input_layernorm),
@@ -149,19 +145,20 @@ class ChatGLMWeights:
             for _ in range(config.num_layers)
         )
         embedding = normal(config.vocab_size, hidden)
-        return cls(embedding, layers, norm(), LinearWeight.from_dense(embedding, None, FORMATS[head]))
+        taken_head = LinearWeight.from_dense(embedding, None, FORMATS[head])
+        return cls(_unless_packed(embedding, taken_head), layers, norm(), taken_head)
 
     @property
     def num_bytes(self) -> int:
-        """GPU memory of the weights; an fp16 head is the embedding."""
-        tensors = [self.embedding, self.final_norm.weight, self.final_norm.bias]
+        """GPU memory of the weights."""
+        tensors = [self.final_norm.weight, self.final_norm.bias]
         for layer in self.layers:
             for one in (layer.input_norm, layer.post_attention_norm):
                 tensors += [one.weight, one.bias]
-        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        total = sum(tensor.nbytes for tensor in tensors) + self.head.num_bytes
         total += sum(linear.num_bytes for layer in self.layers for linear in layer.linears)
-        if self.head.weight.data_ptr() != self.embedding.data_ptr():
-            total += self.head.num_bytes
+        if self.embedding is not None and self.embedding.data_ptr() != self.head.weight.data_ptr():
+            total += self.embedding.nbytes
         return total
 
 
@@ -220,7 +217,7 @@ class CudaChatGLM:
         self.config = config
         self.weights = weights
         self.bank = bank
-        self.device = weights.embedding.device
+        self.device = weights.head.weight.device
         self.scale = config.head_dim**-0.5
         self.set_max_positions(max_positions or config.max_sequence_length)
 
@@ -336,17 +333,18 @@ class CudaChatGLM:
 
     def _embedded(self, one: _Pass, token_ids: torch.Tensor, token_rows: torch.Tensor | None) -> Activations:
         """The first layer's norm of the tokens' embeddings."""
-        layer, table = self.weights.layers[0], self.weights.embedding
+        layer, table, head = self.weights.layers[0], self.weights.embedding, self.weights.head
         out = self._empty(one, layer.query_key_value)
         # Not a dependent launch: what it looks up may have been written by the kernel before it.
         cuda_ops.run_layer_norm(
-            table,
+            head.weight if table is None else table,
             layer.input_norm.weight,
             layer.input_norm.bias,
             self.config.layernorm_eps,
             out.half,
             token_ids=token_ids,
             token_rows=token_rows,
+            embedding_scales=head.scales if table is None else None,
             out_e4m3=out.e4m3,
             out_scales=out.scales,
         )
@@ -388,15 +386,16 @@ def on_gpu(
     reason = _why_not(model)
     if weights == "fp8" and reason is None and torch.cuda.get_device_capability(model.device) < (8, 9):
         reason = f"{torch.cuda.get_device_name(model.device)} has no e4m3 (compute capability 8.9)"
-    if reason is None:
-        try:
-            cuda_driver.check()
-        except cuda_driver.CudaUnavailableError as error:
-            reason = str(error)
+    try:
+        cuda_driver.check()
+        # What the whole network cannot have, its operators may.
+        cuda_ops.register()
+    except cuda_driver.CudaUnavailableError as error:
+        reason = str(error)
     if reason is not None and weights == "fp8":
         raise ValueError(f"quantize is fp8, but {reason}. Use int8 or int4")
     if reason is not None or not isinstance(model, ChatGLM):
-        logger.warning("The fast CUDA kernels are off, PyTorch's run instead: %s", reason)
+        logger.warning("The fast CUDA network is off, PyTorch runs this one: %s", reason)
         return None
     taken = ChatGLMWeights.from_model(model, weights, head, model.device)
     return CudaChatGLM(model.config, taken)
@@ -421,12 +420,33 @@ def _why_not(model: Network) -> str | None:
     return None
 
 
-def _embedding(module: nn.Module, device: torch.device | str) -> torch.Tensor:
-    """[V, H] fp16"""
-    if isinstance(module, QuantizedEmbedding):
-        scales = module.weight_scale.to(device)
-        return dequantize(module.weight.to(device), scales, module.bits, torch.float16)
-    return cast(nn.Embedding, module).weight.data.to(device=device, dtype=torch.float16)
+def _embedding_and_head(
+    model: ChatGLM, head_format: Format, device: torch.device | str
+) -> tuple[torch.Tensor | None, LinearWeight]:
+    """Both, taken from the model. A plain head becomes `head_format`."""
+    embedding: nn.Module = model.transformer.word_embeddings
+    head: nn.Module = model.lm_head
+    is_tied = embedding.weight is head.weight
+    stored = head.weight.data.to(device)
+    if isinstance(head, QuantizedLinear):
+        scales = head.weight_scale.to(device)
+        taken = LinearWeight.from_integers(integers(stored, head.bits), scales, None, head.bits)
+    else:
+        taken = LinearWeight.from_dense(stored.half(), None, head_format)
+    if isinstance(embedding, QuantizedEmbedding):
+        dense = dequantize(
+            embedding.weight.to(device), embedding.weight_scale.to(device), embedding.bits, torch.float16
+        )
+    else:
+        dense = stored.half() if is_tied else embedding.weight.data.to(device=device, dtype=torch.float16)
+    for module in (embedding, head):
+        module.weight.data = module.weight.data.new_empty(0)
+    return (_unless_packed(dense, taken) if is_tied else dense), taken
+
+
+def _unless_packed(embedding: torch.Tensor, head: LinearWeight) -> torch.Tensor | None:
+    """An embedding that is tied to this head: not kept beside a packed one, whose rows serve as well."""
+    return None if head.weight_format == "INT8" else embedding
 
 
 def _layer_caches(cache: KVCache) -> Iterator[cuda_ops.LayerCache]:

@@ -41,7 +41,8 @@ class WarpPlan:
 
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
-    """A build of `linear_wgmma.cu`: Hopper, int4 and int8. `batch` rows, 128 * `tall` outputs a block, K cut in `split`."""
+    """A build of `linear_wgmma.cu`: Hopper, int4 and int8. `batch` rows, 64 * `groups` * `tall` outputs a block, K cut in
+    `split`."""
 
     batch: int
     tall: int
@@ -49,6 +50,12 @@ class GroupPlan:
     prefetch: int
     stages: int = 5
     min_blocks: int = 1
+    groups: int = 2
+
+    @property
+    def num_rows(self) -> int:
+        """Outputs of a block."""
+        return 64 * self.groups * self.tall
 
 
 Plan = WarpPlan | GroupPlan
@@ -77,14 +84,14 @@ def linear_kernel(
             "SCALED": int(weight_format != "F16"),
         }
         return Kernel("linear.cu", "linear", "pppppi", defines, plan.split * 32, shared_bytes(plan))
-    defines |= {"BATCH": plan.batch, "TALL": plan.tall}
-    return Kernel("linear_wgmma.cu", "linear", "pppppi", defines, 256, shared_bytes(plan))
+    defines |= {"BATCH": plan.batch, "TALL": plan.tall, "GROUPS": plan.groups}
+    return Kernel("linear_wgmma.cu", "linear", "pppppi", defines, 128 * plan.groups, shared_bytes(plan))
 
 
 def linear_grid(plan: Plan, out_features: int) -> tuple[int, ...]:
     if isinstance(plan, WarpPlan):
         return (-(-out_features // (16 * plan.row_tiles)),)
-    return (plan.split, -(-out_features // (128 * plan.tall)))
+    return (plan.split, -(-out_features // plan.num_rows))
 
 
 def run_linear(
@@ -203,7 +210,7 @@ def shared_bytes(plan: Plan) -> int:
         ring = plan.stages * plan.batch_tiles * 1024
         return plan.split * max(ring, plan.row_tiles * plan.batch_tiles * 512)
     ring = plan.stages * (-(-plan.batch * 128 // 1024) * 1024)
-    return max(ring, plan.batch * (128 * plan.tall + 4) * 4)
+    return max(ring, plan.batch * (plan.num_rows + 4) * 4)
 
 
 @functools.cache
@@ -312,9 +319,12 @@ class Activations:
 
 
 def empty_e4m3(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for these rows and their scales. Up to the next multiple of 16 rows are added, which nobody writes: the products
+    of cuBLAS do not take every number of rows, and rows do not mix."""
+    num_rows = -(-like.shape[0] // 16) * 16
     return (
-        torch.empty(like.shape, dtype=torch.float8_e4m3fn, device=like.device),
-        torch.empty(like.shape[0], dtype=torch.float32, device=like.device),
+        torch.empty(num_rows, like.shape[1], dtype=torch.float8_e4m3fn, device=like.device),
+        torch.empty(num_rows, dtype=torch.float32, device=like.device),
     )
 
 
@@ -376,7 +386,7 @@ def _apply_e4m3(weight: LinearWeight, x: Activations, *, has_gelu: bool) -> Acti
         bias=weight.bias,
         out_dtype=torch.float16,
         use_fast_accum=True,
-    )
+    )[: len(x.half)]
     if not has_gelu:
         return Activations(out)
     e4m3, row_scales = empty_e4m3(out)

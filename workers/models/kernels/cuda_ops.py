@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 import torch
 
+from workers.models import kernels
 from workers.models.kernels import reference
 from workers.models.kernels.cuda_driver import Kernel
 
@@ -28,17 +29,18 @@ def _row_threads(size: int) -> int:
 # --- norms and element-wise ------------------------------------------------------------------------------------------
 
 
+NormSource = Literal["PLAIN", "RESIDUAL", "EMBEDDING", "PACKED_EMBEDDING"]
+
+
 @functools.cache
-def _norm_kernel(
-    size: int, source: Literal["PLAIN", "RESIDUAL", "EMBEDDING"], is_bfloat: bool, e4m3: bool
-) -> Kernel:
+def _norm_kernel(size: int, source: NormSource, is_bfloat: bool, e4m3: bool) -> Kernel:
     defines: dict[str, int | str] = {
         "SIZE": size,
         "INPUT": source,
         "BRANCH_BF16": int(is_bfloat),
         "E4M3": int(e4m3),
     }
-    return Kernel("norm.cu", "layer_norm", "pppppppppff", defines, _row_threads(size))
+    return Kernel("norm.cu", "layer_norm", "ppppppppppff", defines, _row_threads(size))
 
 
 def run_layer_norm(
@@ -52,20 +54,21 @@ def run_layer_norm(
     alpha: float = 1.0,
     token_ids: torch.Tensor | None = None,
     token_rows: torch.Tensor | None = None,
+    embedding_scales: torch.Tensor | None = None,
     out_e4m3: torch.Tensor | None = None,
     out_scales: torch.Tensor | None = None,
     is_dependent: bool = False,
 ) -> None:
     """out[T, H] = LayerNorm of x, of alpha * normed + x, or of the rows of x (an embedding [V, H]) at token_ids, or at
-    token_ids[token_rows].
+    token_ids[token_rows]. With embedding_scales [V] float32 the embedding is packed int8 (`weight_packing`).
 
     out_e4m3 [T, H] and out_scales [T] float32 receive the same as e4m3 * scale. x may be bfloat16.
     """
-    source: Literal["PLAIN", "RESIDUAL", "EMBEDDING"] = "PLAIN"
+    source: NormSource = "PLAIN"
     if normed is not None:
         source = "RESIDUAL"
     elif token_ids is not None:
-        source = "EMBEDDING"
+        source = "EMBEDDING" if embedding_scales is None else "PACKED_EMBEDDING"
     kernel = _norm_kernel(out.shape[1], source, x.dtype == torch.bfloat16, out_e4m3 is not None)
     kernel.launch(
         (out.shape[0],),
@@ -73,6 +76,7 @@ def run_layer_norm(
         normed,
         token_ids,
         token_rows,
+        embedding_scales,
         weight,
         bias,
         out,
@@ -228,9 +232,15 @@ def rotate_and_store(
 
 
 @functools.cache
-def _prefill_kernel(head_dim: int, num_heads: int) -> Kernel:
-    defines: dict[str, int | str] = {"HEAD_DIM": head_dim, "NUM_HEADS": num_heads}
-    return Kernel("attention_prefill.cu", "attend_prefill", "ppppppllf", defines, 128, 5 * 64 * head_dim * 2)
+def _prefill_kernel(head_dim: int, num_heads: int, num_kv_heads: int) -> Kernel:
+    defines: dict[str, int | str] = {
+        "HEAD_DIM": head_dim,
+        "NUM_HEADS": num_heads,
+        "NUM_KV_HEADS": num_kv_heads,
+    }
+    return Kernel(
+        "attention_prefill.cu", "attend_prefill", "ppppppllllf", defines, 128, 5 * 64 * head_dim * 2
+    )
 
 
 def attend_prefill(
@@ -245,12 +255,13 @@ def attend_prefill(
     num_tokens, num_heads, head_dim = q.shape
     if q.dtype != torch.float16 or not _has_kernel_for(head_dim) or not num_tokens:
         return reference.attend_prefill(q, k, v, query_starts, prefix_lens, max_query_len, scale)
-    if not (q.stride() == k.stride() == v.stride() and q.stride(2) == 1):
+    if k.stride() != v.stride() or not q.stride(2) == k.stride(2) == 1:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)
     grid = (-(-max_query_len // 64), num_heads, prefix_lens.shape[0])
-    kernel = _prefill_kernel(head_dim, num_heads)
-    kernel.launch(grid, q, k, v, out, query_starts, prefix_lens, q.stride(0), q.stride(1), scale)
+    kernel = _prefill_kernel(head_dim, num_heads, k.shape[1])
+    strides = (*q.stride()[:2], *k.stride()[:2])
+    kernel.launch(grid, q, k, v, out, query_starts, prefix_lens, *strides, scale)
     return out
 
 
@@ -266,21 +277,27 @@ class DecodePlan:
 
 def decode_plan(batch_size: int, num_heads: int, kv_int8: bool) -> DecodePlan:
     """The division for this batch. Few sequences: parts, so that long contexts fill the GPU."""
-    blocks = batch_size * num_heads
-    if blocks <= 64:
-        return DecodePlan(8, 256, 8, 4)
-    if blocks <= 256:
-        return DecodePlan(4, 256, 8, 4)
-    return DecodePlan(1, 256, 4, 4)
+    if batch_size * num_heads <= 64:
+        return DecodePlan(8, 512, 8, 8)
+    if batch_size * num_heads <= 256:
+        return DecodePlan(4, 512, 8, 4)
+    return DecodePlan(1, 512, 4, 2 if kv_int8 and batch_size * num_heads >= 2048 else 4)
 
 
 @functools.cache
 def decode_kernel(
-    plan: DecodePlan, head_dim: int, num_heads: int, block_size: int, kv_int8: bool, is_fused: bool
+    plan: DecodePlan,
+    head_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    kv_int8: bool,
+    is_fused: bool,
 ) -> Kernel:
     defines: dict[str, int | str] = {
         "HEAD_DIM": head_dim,
         "NUM_HEADS": num_heads,
+        "NUM_KV_HEADS": num_kv_heads,
         "BLOCK_SIZE": block_size,
         "MAX_BLOCKS": MAX_BLOCKS,
         "PARTS": plan.parts,
@@ -331,8 +348,11 @@ def run_attend_decode(
     With `rotary`, the input is the fused projection [B, 3H]: it is rotated here and the token's key and value are written
     to the cache at `slots`. Without, it is the rotated q [B, H] and the cache holds the token.
     """
-    num_heads, block_size, head_dim = cache.keys.shape[1:]
-    kernel = decode_kernel(plan, head_dim, num_heads, block_size, cache.is_int8, rotary is not None)
+    num_kv_heads, block_size, head_dim = cache.keys.shape[1:]
+    num_heads = out.shape[1] // head_dim
+    kernel = decode_kernel(
+        plan, head_dim, num_heads, num_kv_heads, block_size, cache.is_int8, rotary is not None
+    )
     cos, sin = rotary if rotary is not None else (None, None)
     kernel.launch(
         (num_heads, out.shape[0], plan.parts),
@@ -387,6 +407,19 @@ def attend_decode(
     cache = LayerCache(layer_keys, layer_values)
     run_attend_decode(plan, workspace, q.contiguous(), cache, block_tables.contiguous(), kv_lens, scale, out)
     return out.view(batch_size, num_heads, head_dim)
+
+
+def register() -> None:
+    """Makes these the versions of the operators that networks of modules run on a GPU."""
+    kernels.register(
+        "cuda",
+        layer_norm=layer_norm,
+        residual_layer_norm=residual_layer_norm,
+        gelu=gelu,
+        rotate_and_store=rotate_and_store,
+        attend_prefill=attend_prefill,
+        attend_decode=attend_decode,
+    )
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

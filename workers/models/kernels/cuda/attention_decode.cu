@@ -5,7 +5,7 @@
 // FUSED: the input is the fused projection; this kernel rotates q and k, attends, and writes the new key and value to the
 // cache. Otherwise q is rotated and the cache already holds the token.
 //
-// Given at compile time: HEAD_DIM, NUM_HEADS, BLOCK_SIZE, MAX_BLOCKS, PARTS, PART_KEYS, WARPS, UNROLL, KV_INT8, FUSED.
+// Given at compile time: HEAD_DIM, NUM_HEADS, NUM_KV_HEADS (heads that share keys are neighbours), BLOCK_SIZE, MAX_BLOCKS, PARTS, PART_KEYS, WARPS, UNROLL, KV_INT8, FUSED.
 #include "device.cuh"
 #include "rotary.cuh"
 
@@ -15,7 +15,7 @@ constexpr int WIDTH = NUM_HEADS * HEAD_DIM;
 constexpr int VECTORS = KV_INT8 ? 1 : 2;
 constexpr float NOTHING = -1e30f;
 
-static_assert(WARP % LANES == 0 && WARPS >= 3);
+static_assert(WARP % LANES == 0 && WARPS >= 3 && (!FUSED || NUM_KV_HEADS == NUM_HEADS));
 
 // Dimension of value e (0..15) of a lane: its loads are 16 bytes wide and those of a group are contiguous.
 DEVICE int dimension(int lane, int e) {
@@ -175,7 +175,7 @@ DEVICE void merge(State& state, float maximum, float sum, const float (&out)[16]
     for (int e = 0; e < 16; e++) state.out[e] = state.out[e] * own + out[e] * other;
 }
 
-// input: [B, 3 WIDTH] when FUSED, else q [B, WIDTH]. keys, values: [blocks, NUM_HEADS, BLOCK_SIZE, HEAD_DIM]; scales
+// input: [B, 3 WIDTH] when FUSED, else q [B, WIDTH]. keys, values: [blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]; scales
 // without the last dimension. positions: [2, B]. partial: [B, NUM_HEADS, PARTS, HEAD_DIM + 2] and counters [B, NUM_HEADS],
 // zero before and after, when PARTS > 1.
 extern "C" __global__ void __launch_bounds__(WARPS * WARP)
@@ -210,7 +210,8 @@ attend_decode(const u16* input, const float* __restrict__ cos_table, const float
         table[i] = block_tables[(i64)row * max_blocks + first_block + i];
     __syncthreads();
     const auto vector_of = [&](int key) {
-        return ((i64)table[key / BLOCK_SIZE - first_block] * NUM_HEADS + head) * BLOCK_SIZE + key % BLOCK_SIZE;
+        const int kv_head = head / (NUM_HEADS / NUM_KV_HEADS);
+        return ((i64)table[key / BLOCK_SIZE - first_block] * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE;
     };
 
     uint4 key_data[UNROLL][VECTORS], value_data[UNROLL][VECTORS];

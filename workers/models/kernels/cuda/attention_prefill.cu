@@ -2,7 +2,7 @@
 // registers and are rescaled as a larger one is met, so no S x S matrix exists. A block takes 64 queries of one head of one
 // sequence, a warp 16; keys and values pass through shared memory in tiles of 64, one tile ahead.
 //
-// Given at compile time: HEAD_DIM (a multiple of 16, at most 128), NUM_HEADS.
+// Given at compile time: HEAD_DIM (a multiple of 16, at most 128), NUM_HEADS, NUM_KV_HEADS (heads that share keys are neighbours).
 #include "device.cuh"
 
 constexpr int TILE = 64;
@@ -17,10 +17,11 @@ DEVICE u32 address(u32 tile, int row, int column) {
     return tile + row * ROW_BYTES + swizzled * 16;
 }
 
-// q, k, v: [T, NUM_HEADS, HEAD_DIM] with strides in values; out: [T, NUM_HEADS, HEAD_DIM] contiguous.
+// q: [T, NUM_HEADS, HEAD_DIM], k, v: [T, NUM_KV_HEADS, HEAD_DIM], with strides in values; out: [T, NUM_HEADS, HEAD_DIM] contiguous.
 extern "C" __global__ void __launch_bounds__(THREADS)
 attend_prefill(const u16* q, const u16* k, const u16* v, u16* out, const int* __restrict__ query_starts,
-               const int* __restrict__ prefix_lens, i64 token_stride, i64 head_stride, float scale) {
+               const int* __restrict__ prefix_lens, i64 token_stride, i64 head_stride, i64 kv_token_stride, i64 kv_head_stride,
+               float scale) {
     extern __shared__ __align__(128) u8 shared[];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int head = blockIdx.y, sequence = blockIdx.z;
@@ -34,16 +35,19 @@ attend_prefill(const u16* q, const u16* k, const u16* v, u16* out, const int* __
 
     const u32 query_tile = shared_address(shared);
     const u32 key_ring = query_tile + TILE_BYTES, value_ring = key_ring + 2 * TILE_BYTES;
-    const auto fetch = [&](u32 tile, const u16* source, int first) {
+    const int kv_head = head / (NUM_HEADS / NUM_KV_HEADS);
+    const auto fetch = [&](u32 tile, const u16* source, int first, bool is_query = false) {
+        source += is_query ? head * head_stride : kv_head * kv_head_stride;
+        const i64 stride = is_query ? token_stride : kv_token_stride;
 #pragma unroll
         for (int i = threadIdx.x; i < TILE * COLUMNS; i += THREADS) {
             const int row = i / COLUMNS, column = i % COLUMNS;
             // Rows past the end repeat the last one: finite, and masked below.
             const i64 token = start + min(first + row, length - 1);
-            copy_async_16(address(tile, row, column), source + token * token_stride + head * head_stride + column * 8);
+            copy_async_16(address(tile, row, column), source + token * stride + column * 8);
         }
     };
-    fetch(query_tile, q, first_query);
+    fetch(query_tile, q, first_query, true);
     fetch(key_ring, k, 0);
     copy_async_commit();
     fetch(value_ring, v, 0);

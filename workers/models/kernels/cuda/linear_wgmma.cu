@@ -1,16 +1,16 @@
 // y[M, N] = x[M, K] W[N, K]^T * scale + bias for a batch of 9 to 128 rows on Hopper: each int4 or int8 weight is read once,
 // widened to fp16 in registers and fed to wgmma from there, with the batch as the narrow side.
 //
-// A block of two warpgroups owns 128 * TALL output rows and the whole batch; a cluster of SPLIT blocks shares K and adds
+// A block of GROUPS warpgroups owns 64 * GROUPS * TALL output rows and the whole batch (the more rows, the less often the
+// activations come from the L2, whose bandwidth is the limit here); a cluster of SPLIT blocks shares K and adds
 // up through distributed shared memory, in a fixed order. Activations go through a ring of stages of 64 k.
 //
-// Given at compile time: N, K, FORMAT, BATCH, TALL, SPLIT, PREFETCH, STAGES, MIN_BLOCKS, BIAS, GELU.
+// Given at compile time: N, K, FORMAT, BATCH, GROUPS, TALL, SPLIT, PREFETCH, STAGES, MIN_BLOCKS, BIAS, GELU.
 #include "device.cuh"
 #include "wgmma.cuh"
 
 enum { INT4, INT8 };
 
-constexpr int GROUPS = 2;
 constexpr int THREADS = GROUPS * 128;
 constexpr int CHUNK = 64;
 constexpr int CHUNKS = K / CHUNK;

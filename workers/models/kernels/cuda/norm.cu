@@ -1,11 +1,11 @@
 // Layer normalisation of one row a block, in fp32, of one of three inputs: a row as it is, the scaled residual
-// ALPHA * normed + branch, or an embedding row looked up by token id. Written as fp16 and, with E4M3, also as
-// e4m3 * scale with one scale a row.
+// ALPHA * normed + branch, or an embedding row looked up by token id, in fp16 or in the packed int8 of a tied head. Written
+// as fp16 and, with E4M3, also as e4m3 * scale with one scale a row.
 //
-// Given at compile time: SIZE, INPUT (PLAIN, RESIDUAL, EMBEDDING), BRANCH_BF16, E4M3.
+// Given at compile time: SIZE, INPUT (PLAIN, RESIDUAL, EMBEDDING, PACKED_EMBEDDING), BRANCH_BF16, E4M3.
 #include "device.cuh"
 
-enum { PLAIN, RESIDUAL, EMBEDDING };
+enum { PLAIN, RESIDUAL, EMBEDDING, PACKED_EMBEDDING };
 
 constexpr int VECTORS = SIZE / 8;
 constexpr int THREADS = VECTORS >= 512 ? 512 : (VECTORS + WARP - 1) / WARP * WARP;
@@ -23,10 +23,24 @@ DEVICE void widen(const uint4& in, float (&out)[8], bool is_bfloat = false) {
     }
 }
 
+// Eight values of a row of int8 weights in the order of weight_packing.py, beginning at `column`, without their scale.
+DEVICE void unpack(const u16* packed, i64 row, int column, float (&out)[8]) {
+    const int product = column % 64 / 16;
+    const i64 vector = (row / 16 * (SIZE / 64) + column / 64) * 2 + product / 2;
+    const i64 pair = vector * 256 + row % 8 * 32 + product % 2 * 4 + column % 16 / 8 * 2 + row % 16 / 8;
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+        const u16 bytes = packed[pair + t * 8];
+        out[t * 2] = (float)((int)(bytes & 0xff) - 128);
+        out[t * 2 + 1] = (float)((int)(bytes >> 8) - 128);
+    }
+}
+
 // x: the row, the branch [T, SIZE] or the embedding [V, SIZE]; row t then looks up token_ids[t], or, with token_rows,
 // token_ids[token_rows[t]].
 extern "C" __global__ void __launch_bounds__(THREADS)
-layer_norm(const u16* x, const u16* normed, const i64* token_ids, const int* token_rows, const u16* __restrict__ weight,
+layer_norm(const u16* x, const u16* normed, const i64* token_ids, const int* token_rows,
+           const float* __restrict__ embedding_scales, const u16* __restrict__ weight,
            const u16* __restrict__ bias, u16* out, u8* out_e4m3, float* out_scales, float alpha, float eps) {
     __shared__ float scratch[3][THREADS / WARP];
     const i64 row = blockIdx.x;
@@ -43,14 +57,20 @@ layer_norm(const u16* x, const u16* normed, const i64* token_ids, const int* tok
     wait_for_previous_kernel();
 
     i64 source = row;
-    if (INPUT == EMBEDDING) source = token_ids[token_rows ? token_rows[row] : row];
+    if (INPUT == EMBEDDING || INPUT == PACKED_EMBEDDING) source = token_ids[token_rows ? token_rows[row] : row];
     float values[EACH][8] = {};
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         const int vector = i * THREADS + threadIdx.x;
         if (vector < VECTORS) {
-            widen(reinterpret_cast<const uint4*>(x + source * SIZE)[vector], values[i], BRANCH_BF16);
+            if constexpr (INPUT == PACKED_EMBEDDING) {
+                unpack(x, source, vector * 8, values[i]);
+#pragma unroll
+                for (int j = 0; j < 8; j++) values[i][j] = to_float(to_half(values[i][j] * embedding_scales[source]));
+            } else {
+                widen(reinterpret_cast<const uint4*>(x + source * SIZE)[vector], values[i], BRANCH_BF16);
+            }
             if constexpr (INPUT == RESIDUAL) {
                 float residual[8];
                 widen(reinterpret_cast<const uint4*>(normed + row * SIZE)[vector], residual);
