@@ -14,6 +14,7 @@ from typing import Any, Self
 from producer.contract.errors import RequestCancelled, RequestFailed
 from producer.contract.events import Event, Failed, Finished
 from producer.contract.requests import ChatRequest, Request, SummaryRequest
+from producer.conversations import AsyncConversations, Conversations
 from producer.embedded import find_server
 from producer.ledger import (
     AsyncLedger,
@@ -64,6 +65,7 @@ class Client:
         self.redis_url = find_server(self.settings)
         timeout = self.settings.redis_timeout_seconds
         self.ledger = Ledger.at(self.redis_url, self.settings.keys, timeout_seconds=timeout)
+        self.conversations = Conversations(self.ledger)
         self._tickets = Tickets(self.redis_url, self.settings.keys)
         self._pushes = Pushes(
             self.ledger,
@@ -175,6 +177,7 @@ class AsyncClient:
         self.redis_url = find_server(self.settings)
         timeout = self.settings.redis_timeout_seconds
         self.ledger = AsyncLedger.at(self.redis_url, self.settings.keys, timeout_seconds=timeout)
+        self.conversations = AsyncConversations(self.ledger)
         self._tickets = Tickets(self.redis_url, self.settings.keys)
         self._ticket_thread = ThreadPoolExecutor(1, thread_name_prefix="glmq-tickets")
         self._pushes = AsyncPushes(

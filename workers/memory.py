@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from producer.contract import ChatRequest, Turn
-from producer.contract.conversation import ArchivedTurn, PromptMemory, num_fitting, prompt_budget
+from producer.contract.conversation import ArchivedTurn, PromptMemory, fit, prompt_budget
 from producer.ledger import Claim, Ledger, Recollected, calls
 from workers.prompts import Prompt, Prompts, PromptTokenizer, Refusal, language_of
 
@@ -99,14 +99,14 @@ def choose(
     rounds = RoundLengths(tokenizer)
     question_tokens = rounds.of_question(query)
     turns_len = [turn.tokens or rounds.of_turn(turn.turn) for turn in found.turns]
-    left = budget - question_tokens - rounds.special_tokens
-    num_recent = num_fitting(reversed(turns_len), left)
-    covered = 0
-    if num_recent < found.num_turns and found.covered:
-        summary_tokens = rounds.of_turn(Turn(summary_query(found.summary), found.summary))
-        if summary_tokens <= left:
-            covered = found.covered
-            num_recent = num_fitting(reversed(turns_len), left - summary_tokens)
+    summary_tokens = rounds.of_turn(Turn(summary_query(found.summary), found.summary)) if found.covered else 0
+    covered, num_recent = fit(
+        turns_len,
+        found.num_turns,
+        covered=found.covered,
+        summary_tokens=summary_tokens,
+        budget=budget - question_tokens - rounds.special_tokens,
+    )
     while True:
         memory = PromptMemory(
             summary=found.summary if covered else "",

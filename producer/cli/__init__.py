@@ -10,6 +10,7 @@ from producer.cli import (
     adapters,
     cancel,
     chat,
+    conversations,
     doctor,
     evaluate,
     quantize,
@@ -45,6 +46,7 @@ app.command("top")(top.top)
 app.command("cancel")(cancel.cancel)
 app.command("doctor")(doctor.doctor)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(conversations.app, name="conversations")
 
 
 def main() -> None:

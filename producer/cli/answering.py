@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from producer.client import Client
-from producer.contract import Failed, Finished, Request, RequestFailed, Token
+from producer.contract import Failed, Finished, Request, RequestFailed, Token, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,17 @@ class Answer:
         usage = self.finished.usage
         return (
             f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, first after {self.first_token_seconds * 1e3:.0f} ms, "
-            f"then {self.tokens_per_second:.0f} tokens/s ({self.finished.reason})"
+            f"then {self.tokens_per_second:.0f} tokens/s ({self.finished.reason}){_memory(usage)}"
         )
+
+
+def _memory(usage: Usage) -> str:
+    """What the prompt had of a conversation."""
+    parts = [f"the last {usage.recent_turns} turns"] if usage.recent_turns else []
+    if usage.summary_turns:
+        parts.insert(0, f"a summary of the first {usage.summary_turns}")
+    text = f", with {' and '.join(parts)}" if parts else ""
+    return f"{text}; {usage.left_out_turns} turns left out" if usage.left_out_turns else text
 
 
 def stream_answer(client: Client, request: Request) -> Answer:

@@ -11,7 +11,8 @@ import typer
 from producer.cli import options
 from producer.cli.answering import stream_answer
 from producer.client import Client
-from producer.contract import ChatRequest, RequestFailed, Turn
+from producer.contract import ChatRequest, ConversationBusy, RequestFailed
+from producer.contract.conversation import new_conversation_id
 
 
 def chat(
@@ -25,16 +26,24 @@ def chat(
     max_new_tokens: options.MaxNewTokens = None,
     adapter: options.Adapter = None,
     priority: options.Priority = 5,
+    conversation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID", help="Talk in this conversation, which remembers what was said; new ids begin one."
+        ),
+    ] = None,
+    tenant: Annotated[str, typer.Option(help="Whose request and conversation it is.")] = "default",
     stats: options.Stats = False,
 ) -> None:
     """Ask one question, or hold a conversation. The answer streams as it comes; Ctrl-C cancels it.
 
-    Without QUERY each line of standard input is one turn of a conversation, from the keyboard or from a pipe.
-    At the prompt, /new begins a new conversation and Ctrl-D ends it.
+    Without QUERY each line of standard input is one turn of a conversation, from the keyboard or from a pipe. It is kept,
+    and can be gone on with by its id; an answer that was cancelled is no part of it. At the prompt, /new begins a new
+    conversation and Ctrl-D ends. A QUERY alone remembers nothing and leaves nothing.
 
     glmq chat 新冠肺炎怎么预防
     cat question.txt | glmq chat -
-    glmq chat --seed 7 --temperature 0.8
+    glmq chat --conversation anna 我叫什么名字？
     """
     request = ChatRequest(
         query=query if query and query != "-" else "?",
@@ -43,6 +52,8 @@ def chat(
         ),
         adapter=adapter,
         priority=priority,
+        tenant=tenant,
+        conversation_id=conversation,
     )
     with Client() as client:
         if query is None:
@@ -58,21 +69,27 @@ def chat(
 
 
 def converse(client: Client, request: ChatRequest, *, stats: bool) -> None:
-    """Turn after turn; every turn sees the ones before it. A cancelled answer is a turn like any other."""
-    history: list[Turn] = []
+    """Turn after turn in the request's conversation, or in a new one, whose id goes to stderr."""
+    if request.conversation_id is None:
+        request = _in_new_conversation(request)
     for query in _queries():
         if query == "/new":
-            history.clear()
+            request = _in_new_conversation(request)
             continue
         try:
-            answer = stream_answer(client, request.replace(query=query, history=tuple(history)))
-        except RequestFailed as error:
+            answer = stream_answer(client, request.replace(query=query))
+        except (ConversationBusy, RequestFailed) as error:
             # The conversation goes on: a shorter question, or /new, may well be answered.
             print(f"glmq: {error}", file=sys.stderr)
             continue
-        history.append(Turn(query, answer.finished.text))
         if stats:
             print(answer, file=sys.stderr)
+
+
+def _in_new_conversation(request: ChatRequest) -> ChatRequest:
+    conversation_id = new_conversation_id()
+    print(f"conversation {conversation_id}", file=sys.stderr)
+    return request.replace(conversation_id=conversation_id)
 
 
 def _queries() -> Iterator[str]:

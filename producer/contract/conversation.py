@@ -6,7 +6,7 @@ A conversation is its archive (every finished turn, word for word) and a rolling
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -95,6 +95,20 @@ def prompt_budget(context_len: int, max_new_tokens: int | None) -> int:
     if max_new_tokens is None:
         return context_len - context_len // ANSWER_SHARE
     return context_len - min(max_new_tokens, context_len // MAX_ANSWER_SHARE)
+
+
+def fit(
+    tokens_of_turns: Sequence[int], num_turns: int, *, covered: int, summary_tokens: int, budget: int
+) -> tuple[int, int]:
+    """What goes into so many tokens: turns that a summary stands for (0: no summary), and how many of the last turns.
+
+    tokens_of_turns: of the last turns, oldest first, of `num_turns` that there are. A conversation that fits as a whole needs no
+    summary; else the summary has precedence, because the last turns would otherwise crowd out all that was before.
+    """
+    num_recent = num_fitting(reversed(tokens_of_turns), budget)
+    if num_recent == num_turns or not covered or summary_tokens > budget:
+        return 0, num_recent
+    return covered, num_fitting(reversed(tokens_of_turns), budget - summary_tokens)
 
 
 def num_fitting(tokens_of_turns: Iterable[int], budget: int) -> int:

@@ -73,6 +73,45 @@ def test_each_line_of_a_pipe_is_a_turn_that_sees_the_ones_before(glmq: Glmq, roa
     alone = road_client.chat("再见", sampling=sampling).result(30).text
     assert talked.returncode == 0, talked.stderr
     assert talked.stdout == f"> 你好\n{first}\n> 再见\n{second}\n> /new\n> 再见\n{alone}\n"
+    conversations = [
+        line.split()[1] for line in talked.stderr.splitlines() if line.startswith("conversation ")
+    ]
+    archived = [[turn.turn for turn in road_client.conversations.turns(one)] for one in conversations]
+    assert archived == [[("你好", first), ("再见", second)], [("再见", alone)]]
+
+
+def test_a_conversation_is_gone_on_with_shown_exported_and_forgotten(glmq: Glmq, road_client):
+    greedy = ("--greedy", "--max-new-tokens", "8", "--conversation", "road-test")
+    assert glmq("chat", *greedy, "你好").returncode == 0
+    assert glmq("chat", *greedy, stdin="再见\n").returncode == 0
+    turns = list(road_client.conversations.turns("road-test"))
+
+    shown = glmq("conversations", "show", "road-test")
+    assert shown.returncode == 0, shown.stderr
+    for text in ("2 turns", "> 你好", "> 再见", turns[0].answer, "turns 1 to 2 word for word"):
+        assert text in shown.stdout
+    as_json = json.loads(glmq("conversations", "show", "road-test", "--json", "--turns", "1").stdout)
+    assert (as_json["num_turns"], as_json["first"], as_json["turns"][0]["query"]) == (2, 1, "再见")
+    assert as_json["next_prompt"] == {"summary_turns": 0, "recent_turns": 2, "left_out_turns": 0}
+    assert "road-test" in glmq("conversations", "list").stdout
+    assert "road-test" not in glmq("conversations", "list", "--tenant", "other").stdout
+
+    lines = [json.loads(line) for line in glmq("conversations", "export", "road-test").stdout.splitlines()]
+    assert [line["type"] for line in lines] == ["conversation", "turn", "turn"]
+    assert [(line["query"], line["answer"]) for line in lines[1:]] == [turn.turn for turn in turns]
+
+    forgotten = glmq("conversations", "forget", "road-test")
+    assert (forgotten.returncode, forgotten.stdout) == (0, "forgotten: road-test, 2 turns\n")
+    for command in ("show", "export", "forget"):
+        unknown = glmq("conversations", command, "road-test")
+        assert (unknown.returncode, unknown.stdout) == (1, "")
+        assert unknown.stderr.startswith("glmq: conversation_id: nothing is known about 'road-test'")
+
+
+def test_one_question_leaves_no_conversation(glmq: Glmq, road_client):
+    before = len(list(road_client.conversations.list(None)))
+    glmq("chat", "--max-new-tokens", "2", "你好")
+    assert len(list(road_client.conversations.list(None))) == before
 
 
 def test_a_file_is_summarized(glmq: Glmq, tmp_path: Path, road_client):
