@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ import torch
 from workers.models.config import CONFIG_FILE, CheckpointError, read_json
 
 TRANSFORMERS: Final = "4.30.2"
-_AUTO_CLASSES: Final = ("AutoConfig", "AutoModel")
+TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
 
 
 class NotInstalled(ValueError):
@@ -121,20 +121,29 @@ def check_kernels(folder: Path | str, capability: tuple[int, int], name: str) ->
 
 
 def _check_code(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Raises CheckpointError unless the classes that config.json names are in the folder itself."""
-    classes = fields.get("auto_map")
-    if not isinstance(classes, dict) or not all(isinstance(classes.get(name), str) for name in _AUTO_CLASSES):
+    """Raises CheckpointError unless the classes that config.json and tokenizer_config.json name are in the folder itself."""
+    _check_classes(folder, CONFIG_FILE, fields.get("auto_map"), ("AutoConfig", "AutoModel"))
+    remedy = "it comes with the checkpoint's own code"
+    classes = read_json(folder / TOKENIZER_CONFIG_FILE, remedy).get("auto_map")
+    if isinstance(classes, dict) and isinstance(classes.get("AutoTokenizer"), list):
+        # (slow, fast): there is no fast one.
+        classes = {"AutoTokenizer": next(iter(classes["AutoTokenizer"]), None)}
+    _check_classes(folder, TOKENIZER_CONFIG_FILE, classes, ("AutoTokenizer",))
+
+
+def _check_classes(folder: Path, file: str, classes: object, names: Sequence[str]) -> None:
+    if not isinstance(classes, dict) or not all(isinstance(classes.get(name), str) for name in names):
         raise CheckpointError(
-            folder / CONFIG_FILE,
-            f"auto_map does not name the classes of {' and '.join(_AUTO_CLASSES)}",
+            folder / file,
+            f"auto_map does not name the classes of {' and '.join(names)}",
             "The reference backend needs the checkpoint with its own code: use the native backend for this one",
         )
-    for name in _AUTO_CLASSES:
+    for name in names:
         module, _, _ = classes[name].partition(".")
         # "repository--module" would be fetched from somewhere else.
         if not module.isidentifier() or not (folder / f"{module}.py").is_file():
             raise CheckpointError(
-                folder / CONFIG_FILE,
+                folder / file,
                 f"auto_map names {classes[name]!r} for {name}, and there is no such file in the folder",
                 "Put the checkpoint's own .py files beside config.json, or use the native backend",
             )

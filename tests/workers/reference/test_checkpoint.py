@@ -23,16 +23,19 @@ def test_a_checkpoint_without_code_needs_the_native_backend(tiny_checkpoint: Pat
 
 
 @pytest.mark.parametrize(
-    "name", ["someone/repository--modeling_chatglm.Model", "../modeling.Model", "os.path"]
+    ("file", "name"), [("config.json", "AutoModel"), ("tokenizer_config.json", "AutoTokenizer")]
+)
+@pytest.mark.parametrize(
+    "value", ["someone/repository--modeling_chatglm.Model", "../modeling.Model", "os.path"]
 )
 def test_code_from_elsewhere_is_not_fetched(
-    checkpoint_with_code: Path, copy_of: Callable[[Path], Path], name: str
+    checkpoint_with_code: Path, copy_of: Callable[[Path], Path], file: str, name: str, value: str
 ) -> None:
     folder = copy_of(checkpoint_with_code)
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"]["AutoModel"] = name
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="no such file in the folder"):
+    config = json.loads((folder / file).read_text())
+    config["auto_map"][name] = [value, None] if name == "AutoTokenizer" else value
+    (folder / file).write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"{file}: .* no such file in the folder"):
         load_reference(folder, trust_remote_code=True)
 
 
