@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up check format test bench lock clean
+.PHONY: help setup demo up check format test test-metrics bench lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 help:  ## What each verb does
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## Virtual environment and exact versions, nothing outside this folder
 
@@ -46,6 +46,9 @@ format: setup  ## Format and fix what can be fixed
 
 test: setup  ## The whole suite, with real servers and processes
 	$(BIN)/pytest $(ARGS)
+
+test-metrics: setup  ## Metrics, dashboards and alerts against a real Prometheus (fetched where there is apt)
+	$(BIN)/pytest tests/ops tests/workers/test_metrics.py tests/journey/test_metrics.py $(ARGS)
 
 bench: setup  ## Benchmarks of this machine: make bench ARGS="engine --batch 16"
 	$(BIN)/python -m ops.bench $(ARGS)

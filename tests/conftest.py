@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,3 +101,16 @@ def golden_root() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the golden data is not at {folder}: set GLMQ_TEST_GOLDEN to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def prometheus_folder() -> Path:
+    """Where prometheus and promtool are; fetched on a Debian machine that has none (ops/prometheus/fetch.sh)."""
+    script = Path(__file__).parents[1] / "ops" / "prometheus" / "fetch.sh"
+    fetched = subprocess.run([script], capture_output=True, text=True, timeout=300)
+    if fetched.returncode == 0:
+        return Path(fetched.stdout.strip())
+    reason = fetched.stderr.strip().splitlines()[-1] if fetched.stderr.strip() else "fetch.sh failed"
+    if os.environ.get("CI"):
+        pytest.fail(f"CI must have Prometheus: {reason}")
+    pytest.skip(reason)
