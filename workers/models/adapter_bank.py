@@ -6,9 +6,11 @@ quantized). Knows nothing about names, files or requests.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final, Protocol, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -55,7 +57,7 @@ class AdapterBank:
 
     @torch.no_grad()
     def load(self, slot: int, adapter: Adapter) -> None:
-        """Puts this adapter into a slot, whatever was there.
+        """Puts this adapter into a slot, whatever was there. Copies only, when it is in the network's dtype already.
 
         Raises AdapterError when it does not fit into memory, or into the range of the network's dtype; the slot is empty
         then.
@@ -63,26 +65,20 @@ class AdapterBank:
         if not 1 <= slot <= self.num_slots:
             raise ValueError(f"slot {slot} is not one of 1 to {self.num_slots}")
         self.clear(slot)
+        if any(factors.a.dtype != self.dtype for factors in adapter.factors.values()):
+            adapter = adapter.to(self.dtype)
         try:
             for path, factors in adapter.factors.items():
                 layer = self._layers.get(path) or self._install(path)
                 self.generation += layer.make_room(factors.rank)
-                if not layer.load(slot, factors):
-                    raise AdapterError(
-                        adapter.folder,
-                        f"its values for {path} leave the range of {self.dtype}",
-                        "Run the worker with --dtype bfloat16 or float32",
-                    )
-        except torch.OutOfMemoryError as error:
+                layer.load(slot, factors)
+        except (torch.OutOfMemoryError, MemoryError) as error:
             self.clear(slot)
             raise AdapterError(
                 adapter.folder,
                 f"there is no memory for {self.num_slots} adapters of rank {adapter.rank} ({error})",
                 "Lower --max-adapters or --cache-gib",
             ) from error
-        except AdapterError:
-            self.clear(slot)
-            raise
 
     def clear(self, slot: int) -> None:
         """Empties a slot. Its memory stays, for the next one."""
@@ -111,7 +107,7 @@ class AdapterBank:
 class LoraLinear(nn.Module):
     """A linear layer of any form, and beside it the factors of the loaded adapters.
 
-    a: [num_slots + 1, rank, inputs], b: [num_slots + 1, rank, outputs], with the scale in b; ranks that an adapter does
+    a: [num_slots + 1, rank, inputs], b: [num_slots + 1, rank, outputs]; ranks that an adapter does
     not have are zero. None until the first adapter is loaded.
     """
 
@@ -150,25 +146,29 @@ class LoraLinear(nn.Module):
         )
         return True
 
-    def load(self, slot: int, factors: Factors) -> bool:
-        """Puts these factors into a slot. False: they leave the range of the network's dtype."""
+    def load(self, slot: int, factors: Factors) -> None:
+        """Puts these factors into a slot that has room for them."""
         if self.a is None or self.b is None:
             raise ValueError("there is no room yet")
-        a, b = self.a[slot], self.b[slot]
-        for stack, values in ((a, factors.a), (b, factors.b.T * factors.scale)):
-            stack.zero_()
+        for stack, values in ((self.a[slot], factors.a), (self.b[slot], factors.b)):
             stack[: factors.rank].copy_(values)
-        if not (a.isfinite().all() and b.isfinite().all()):
-            return False
+            stack[factors.rank :].zero_()
         self.ranks[slot] = factors.rank
-        return True
 
     def _grown(self, stack: torch.Tensor | None, rank: int, width: int) -> torch.Tensor:
-        shape = (len(self.ranks), rank, width)
-        grown = torch.zeros(shape, dtype=self._bank.dtype, device=self._bank.device)
+        grown = _zeros((len(self.ranks), rank, width), self._bank.dtype, self._bank.device)
         if stack is not None:
-            grown[:, : stack.shape[1]] = stack
+            for slot, slot_rank in enumerate(self.ranks):
+                grown[slot, :slot_rank] = stack[slot, :slot_rank]
         return grown
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU memory that nobody has written to yet costs nothing: slots that are never used stay free."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    values: np.ndarray = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(values).view(dtype).view(shape)
 
 
 class TokenRows(Protocol):

@@ -259,13 +259,12 @@ def _ends_with(path: str, name: str) -> bool:
 
 
 class Factors(NamedTuple):
-    """What an adapter adds to one linear layer: y += scale * (x A^T) B^T."""
+    """What an adapter adds to one linear layer: y += (x A^T) B."""
 
     a: torch.Tensor
-    """[r, inputs] float32"""
+    """[r, inputs]"""
     b: torch.Tensor
-    """[outputs, r] float32"""
-    scale: float
+    """[r, outputs], with the scale in it"""
 
     @property
     def rank(self) -> int:
@@ -278,22 +277,36 @@ class Adapter:
 
     folder: Path
     factors: dict[str, Factors]
-    """By the path of the linear layer."""
+    """By the path of the linear layer; float32 as they are read."""
 
     @property
     def rank(self) -> int:
         """The largest of its layers."""
         return max(factors.rank for factors in self.factors.values())
 
+    def to(self, dtype: torch.dtype) -> Adapter:
+        """The adapter in this dtype. Raises AdapterError when its values leave the dtype's range."""
+        converted = {
+            path: Factors(factors.a.to(dtype), factors.b.to(dtype)) for path, factors in self.factors.items()
+        }
+        for path, factors in converted.items():
+            if not (factors.a.isfinite().all() and factors.b.isfinite().all()):
+                raise AdapterError(
+                    self.folder,
+                    f"its values for {path} leave the range of {dtype}",
+                    "Run the worker with --dtype bfloat16 or float32",
+                )
+        return Adapter(self.folder, converted)
+
     def merged(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """This stored tensor, a linear layer's weight with the adapter in it: W + scale * B A, summed in float32, in `dtype`.
+        """This stored tensor, a linear layer's weight with the adapter in it, summed in float32, in `dtype`.
 
         The tensor itself where the adapter has nothing for it. Raises AdapterError when the sum leaves the dtype's range.
         """
         factors = self.factors.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if factors is None:
             return tensor
-        merged = torch.addmm(tensor.float(), factors.b, factors.a, alpha=factors.scale).to(dtype)
+        merged = torch.addmm(tensor.float(), factors.b.T.float(), factors.a.float()).to(dtype)
         if not merged.isfinite().all():
             raise AdapterError(
                 self.folder,
@@ -334,7 +347,8 @@ def read_adapter(folder: Path | str, shapes: Shapes, *, max_rank: int | None = N
                 )
             sides[_parse_name(path, name, shapes)] = tensor.to(torch.float32, copy=True)
     factors = {
-        layer: Factors(sides[layer, "A"], sides[layer, "B"], config.scale_of(layer)) for layer in layers
+        layer: Factors(sides[layer, "A"], (sides[layer, "B"].T * config.scale_of(layer)).contiguous())
+        for layer in layers
     }
     adapter = Adapter(folder, factors)
     if max_rank is not None and adapter.rank > max_rank:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,14 +171,36 @@ def test_an_adapter_out_of_the_networks_range_is_refused_and_its_slot_is_empty(a
     )
 
 
-def test_too_little_memory_is_an_error_of_the_adapter(bank, adapter, monkeypatch):
-    def no_memory(*args, **kwargs):
-        raise torch.OutOfMemoryError("2 GiB")
+@pytest.mark.parametrize("error", [MemoryError("2 GiB"), torch.OutOfMemoryError("2 GiB")])
+def test_too_little_memory_is_an_error_of_the_adapter(model, adapter, logits_of, monkeypatch, error):
+    bank = new_bank(model)
+    bank.load(1, adapter(1, rank=2))
+    before = logits_of(model, [1, 1, 1, 1])
+    large = adapter(2, rank=12)
 
-    one = adapter(1)
-    monkeypatch.setattr(torch, "zeros", no_memory)
+    def no_memory(*args):
+        raise error
+
+    monkeypatch.setattr("workers.models.adapter_bank._zeros", no_memory)
     with pytest.raises(AdapterError, match=r"no memory.*2 GiB.*--max-adapters"):
-        bank.load(1, one)
+        bank.load(2, large)
+    torch.testing.assert_close(logits_of(model, [1, 1, 1, 1]), before, atol=0, rtol=0)
+    torch.testing.assert_close(logits_of(model, [2] * 4), logits_of(new_model(), None), atol=0, rtol=0)
+
+
+def test_on_a_cpu_slots_that_were_never_used_take_no_memory(tmp_path):
+    model = torch.nn.Module()
+    model.dense = torch.nn.Linear(1 << 16, 1 << 16, device="meta")
+    bank = AdapterBank(model, 100, dtype=torch.bfloat16, device="cpu")
+    adapter = read_adapter(write_adapter(tmp_path, bank.shapes, targets=["dense"], rank=8), bank.shapes)
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident_bytes()
+    bank.load(1, adapter)
+    assert bank.num_bytes > 200e6
+    assert resident_bytes() - before < 20e6
 
 
 @pytest.mark.parametrize("slot", [0, -1, 4])
