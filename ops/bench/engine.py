@@ -31,6 +31,7 @@ from workers.engine.messages import Generate, Sampling
 from workers.models.batch import Batch, KVCache
 from workers.models.config import ModelConfig
 from workers.models.cuda_chatglm import ChatGLMWeights, CudaChatGLM
+from workers.models.kernels import cuda_linear
 from workers.models.layout import Layout
 from workers.models.tokenizer import Tokenizer
 
@@ -213,7 +214,7 @@ class FullVocabulary:
 
 
 def new_engine(
-    model: CudaChatGLM, kv: str, *, num_seqs: int, context_len: int, prefill_tokens: int = 8192
+    model: CudaChatGLM, kv: str, *, num_seqs: int, context_len: int, prefill_tokens: int
 ) -> Engine:
     config = EngineConfig(
         checkpoint="random",
@@ -260,6 +261,17 @@ def run_requests(engine: Engine, count: int, prompt_len: int, answer_len: int) -
     }
 
 
+def use_plans(file: Path) -> None:
+    """Puts these plans into the table of the linear kernels."""
+    table: dict[Any, dict[int, Any]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        one = json.loads(line)
+        plan = eval(one["plan"], {"WarpPlan": cuda_linear.WarpPlan, "GroupPlan": cuda_linear.GroupPlan})
+        table.setdefault((one["format"], one["shape"]), {})[one["rows"]] = plan
+    for key, plans in table.items():
+        cuda_linear._PLANS[key] = tuple(sorted({**dict(cuda_linear._PLANS[key]), **plans}.items()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--weights", nargs="+", default=["int4"], choices=["fp16", "int8", "int4", "fp8"])
@@ -270,10 +282,16 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.95)
     parser.add_argument("--prefill", nargs="*", default=[], help="packed prompts, as in 32x128")
     parser.add_argument("--requests", nargs="*", default=[], help="through the engine, as in 1024x128x128")
+    parser.add_argument("--prefill-tokens", type=int, default=8192, help="of one prefill of --requests")
+    parser.add_argument(
+        "--plans", nargs="*", type=Path, default=[], help="of tune_linear.py, instead of the built-in ones"
+    )
     parser.add_argument("--profile", action="store_true", help="also print the time of each kernel")
     parser.add_argument("--no-record", action="store_true")
     arguments = parser.parse_args()
     bandwidth = read_bytes_per_second()
+    for file in arguments.plans:
+        use_plans(file)
     with torch.inference_mode():
         for setting in arguments.weights:
             weights = ChatGLMWeights.random(CHATGLM_6B, setting, arguments.head)
@@ -284,7 +302,13 @@ def main() -> None:
             print(f"{setting}, {arguments.head} head: {weights.num_bytes / 1e9:.2f} GB of weights")
             for kv, requests in itertools.product(arguments.kv, arguments.requests):
                 count, prompt_len, answer_len = map(int, requests.split("x"))
-                engine = new_engine(model, kv, num_seqs=count, context_len=prompt_len + answer_len)
+                engine = new_engine(
+                    model,
+                    kv,
+                    num_seqs=count,
+                    context_len=prompt_len + answer_len,
+                    prefill_tokens=arguments.prefill_tokens,
+                )
                 run_requests(engine, min(count, 64), prompt_len, 4)
                 found = run_requests(engine, count, prompt_len, answer_len)
                 # Weights are read once a step, the cache as it grows; the prefill's arithmetic is left out.

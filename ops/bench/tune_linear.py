@@ -21,12 +21,13 @@ import torch
 from workers.models.kernels import weight_packing
 from workers.models.kernels.cuda_driver import build_all
 from workers.models.kernels.cuda_linear import (
+    BARRIER_BYTES,
     MAX_SHARED_BYTES,
     GroupPlan,
+    Launch,
     Plan,
     WarpPlan,
     linear_kernel,
-    run_linear,
     shared_bytes,
 )
 
@@ -72,7 +73,7 @@ def candidates(weight_format: str, rows: int, in_features: int) -> list[Plan]:
             if (
                 chunks // split % prefetch == 0
                 and registers * groups * 128 <= 65536
-                and shared_bytes(plan) * plan.min_blocks <= MAX_SHARED_BYTES
+                and (shared_bytes(plan) + BARRIER_BYTES) * plan.min_blocks <= MAX_SHARED_BYTES
             ):
                 plans.append(plan)
     return plans
@@ -101,9 +102,9 @@ def make_weights(
     return torch.stack(packed), scales, first.float() * scales[:, None]
 
 
-def run_chain(*, plan, weight_format, x, stored, scales, bias, out) -> None:
+def run_chain(*, launch, x, stored, scales, bias, out) -> None:
     for weight in stored:
-        run_linear(plan, weight_format, x, weight, scales, bias, out, is_dependent=True)
+        launch.run(x, weight, scales, bias, out, is_dependent=True)
 
 
 def time_graph(run, repeats: int) -> float:
@@ -123,12 +124,39 @@ def time_graph(run, repeats: int) -> float:
     return sorted(times)[len(times) // 2]
 
 
+KINDS = {"tall": ("query_key_value", "dense_h_to_4h"), "square": ("dense",), "wide": ("dense_4h_to_h",)}
+
+
+def best_plans(results: list[dict]) -> list[dict]:
+    """The fastest plan for each format, kind of shape and number of rows; of two shapes of a kind, for both together."""
+    best = []
+    for weight_format, rows in sorted({(one["format"], one["rows"]) for one in results}):
+        for kind, names in KINDS.items():
+            times: dict[str, list[float]] = {}
+            for one in results:
+                if (
+                    (one["format"], one["rows"]) == (weight_format, rows)
+                    and one["shape"] in names
+                    and "us" in one
+                ):
+                    times.setdefault(one["plan"], []).append(one["us"])
+            whole = {plan: sum(found) for plan, found in times.items() if len(found) == len(names)}
+            if whole:
+                plan = min(whole, key=lambda plan: whole[plan])
+                best.append(
+                    {"format": weight_format, "shape": kind, "rows": rows, "plan": plan, "us": whole[plan]}
+                )
+                print(f"best: {weight_format} {kind:6} rows {rows:3} {whole[plan]:7.2f} us {plan}")
+    return best
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--formats", nargs="+", default=["INT4"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 24, 32, 48, 64, 128])
     parser.add_argument("--head", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="every build's time")
+    parser.add_argument("--plans", type=Path, help="the fastest plans, for `engine.py --plans`")
     arguments = parser.parse_args()
     shapes = SHAPES | ({"head": HEAD} if arguments.head else {})
     results, totals, device = [], {}, torch.device("cuda")
@@ -163,7 +191,8 @@ def main() -> None:
                 best = []
                 for plan in plans[weight_format, name, rows]:
                     out.fill_(float("nan"))
-                    run_linear(plan, weight_format, x, stored[0], scales, bias, out)
+                    launch = Launch.of(plan, weight_format, out_features, in_features, True, False)
+                    launch.run(x, stored[0], scales, bias, out)
                     error = ((out.float() - expected).norm() / expected.norm()).item()
                     if not error < 2e-3:
                         results.append(
@@ -180,8 +209,7 @@ def main() -> None:
 
                     chain = functools.partial(
                         run_chain,
-                        plan=plan,
-                        weight_format=weight_format,
+                        launch=launch,
                         x=x,
                         stored=stored,
                         scales=scales,
@@ -216,6 +244,8 @@ def main() -> None:
         print(f"{weight_format} rows {rows}: all linears of 28 layers {seconds * 1e3:.3f} ms")
     if arguments.json:
         arguments.json.write_text("\n".join(json.dumps(one) for one in results))
+    if arguments.plans:
+        arguments.plans.write_text("\n".join(json.dumps(one) for one in best_plans(results)))
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def test_prompt_logits_are_as_close_to_the_originals_as_half_precision_can_be(go
     assert (logits - expected).abs().max() < 1.5 * noise
     best = expected.topk(2).values
     is_clear = best[:, 0] - best[:, 1] > noise
-    assert is_clear.sum() > 100
+    assert is_clear.sum() > 30
     assert torch.equal(logits.argmax(-1)[is_clear], expected.argmax(-1)[is_clear])
 
 

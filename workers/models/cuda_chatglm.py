@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 from torch import nn
@@ -424,10 +424,9 @@ def _embedding_and_head(
     model: ChatGLM, head_format: Format, device: torch.device | str
 ) -> tuple[torch.Tensor | None, LinearWeight]:
     """Both, taken from the model. A plain head becomes `head_format`."""
-    embedding: nn.Module = model.transformer.word_embeddings
-    head: nn.Module = model.lm_head
+    embedding, head = cast(Any, model.transformer.word_embeddings), cast(Any, model.lm_head)
     is_tied = embedding.weight is head.weight
-    stored = head.weight.data.to(device)
+    stored: torch.Tensor = head.weight.data.to(device)
     if isinstance(head, QuantizedLinear):
         scales = head.weight_scale.to(device)
         taken = LinearWeight.from_integers(integers(stored, head.bits), scales, None, head.bits)

@@ -13,8 +13,9 @@ from typing import Final, Literal
 import torch
 
 from workers.models.kernels import weight_packing
-from workers.models.kernels.cuda_driver import Kernel
+from workers.models.kernels.cuda_driver import Kernel, row_tile_map
 from workers.models.kernels.cuda_ops import run_dequantize, run_rows
+from workers.models.kernels.weight_packing import TILE_INPUTS
 from workers.models.quantization import Bits, quantize
 
 Format = Literal["INT4", "INT8", "E4M3", "F16"]
@@ -85,7 +86,7 @@ def linear_kernel(
         }
         return Kernel("linear.cu", "linear", "pppppi", defines, plan.split * 32, shared_bytes(plan))
     defines |= {"BATCH": plan.batch, "TALL": plan.tall, "GROUPS": plan.groups}
-    return Kernel("linear_wgmma.cu", "linear", "pppppi", defines, 128 * plan.groups, shared_bytes(plan))
+    return Kernel("linear_wgmma.cu", "linear", "mppppi", defines, 128 * plan.groups, shared_bytes(plan))
 
 
 def linear_grid(plan: Plan, out_features: int) -> tuple[int, ...]:
@@ -94,30 +95,44 @@ def linear_grid(plan: Plan, out_features: int) -> tuple[int, ...]:
     return (plan.split, -(-out_features // plan.num_rows))
 
 
-def run_linear(
-    plan: Plan,
-    weight_format: Format,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    *,
-    has_gelu: bool = False,
-    is_dependent: bool = False,
-) -> None:
-    """out[M, N] = x[M, K] weight^T * scales + bias. x, bias, out: fp16; scales: float32; contiguous."""
-    kernel = linear_kernel(plan, weight_format, out.shape[1], x.shape[1], bias is not None, has_gelu)
-    grid = linear_grid(plan, out.shape[1])
-    kernel.launch(grid, weight, scales, bias, x, out, x.shape[0], is_dependent=is_dependent)
-
-
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A build with the grid that it runs in, for one layer and up to so many rows."""
+    """A build with the grid that it runs in, for one shape and up to so many rows."""
 
+    plan: Plan
     kernel: Kernel
     grid: tuple[int, ...]
+
+    @classmethod
+    @functools.cache
+    def of(
+        cls,
+        plan: Plan,
+        weight_format: Format,
+        out_features: int,
+        in_features: int,
+        has_bias: bool,
+        has_gelu: bool,
+    ) -> Launch:
+        kernel = linear_kernel(plan, weight_format, out_features, in_features, has_bias, has_gelu)
+        return cls(plan, kernel, linear_grid(plan, out_features))
+
+    def run(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        *,
+        is_dependent: bool = False,
+    ) -> None:
+        """out[M, N] = x[M, K] weight^T * scales + bias. x, bias, out: fp16; scales: float32; contiguous."""
+        if isinstance(self.plan, GroupPlan):
+            tiles = row_tile_map(x, self.plan.batch, TILE_INPUTS)
+            self.kernel.launch(self.grid, tiles, weight, scales, bias, out, len(x), is_dependent=is_dependent)
+        else:
+            self.kernel.launch(self.grid, weight, scales, bias, x, out, len(x), is_dependent=is_dependent)
 
 
 # --- which build for which batch -------------------------------------------------------------------------------------
@@ -177,9 +192,9 @@ _PLANS: Final[dict[tuple[Format, Shape], tuple[tuple[int, Plan], ...]]] = {
     ("F16", "tall"): ((8, WarpPlan(1, 1, 16, 2)), (16, WarpPlan(2, 2, 16, 2))),
     ("F16", "square"): ((8, WarpPlan(1, 1, 16, 2)), (16, WarpPlan(2, 2, 16, 2))),
     ("F16", "wide"): ((8, WarpPlan(1, 2, 16, 2)), (16, WarpPlan(2, 2, 16, 2))),
-    ("E4M3", "tall"): ((8, WarpPlan(1, 1, 16, 2)), (16, WarpPlan(2, 2, 16, 2))),
-    ("E4M3", "square"): ((8, WarpPlan(1, 1, 16, 2)), (16, WarpPlan(2, 2, 16, 2))),
-    ("E4M3", "wide"): ((8, WarpPlan(1, 2, 16, 2)), (16, WarpPlan(2, 2, 16, 2))),
+    ("E4M3", "tall"): ((8, WarpPlan(1, 1, 8, 2)), (16, WarpPlan(2, 2, 4, 4))),
+    ("E4M3", "square"): ((8, WarpPlan(1, 1, 16, 2)), (16, WarpPlan(2, 2, 16, 4))),
+    ("E4M3", "wide"): ((8, WarpPlan(1, 2, 16, 4)), (16, WarpPlan(2, 2, 16, 2))),
 }
 
 
@@ -211,6 +226,10 @@ def shared_bytes(plan: Plan) -> int:
         return plan.split * max(ring, plan.row_tiles * plan.batch_tiles * 512)
     ring = plan.stages * (-(-plan.batch * 128 // 1024) * 1024)
     return max(ring, plan.batch * (plan.num_rows + 4) * 4)
+
+
+BARRIER_BYTES: Final = 1024
+"""Shared memory that a block of `linear_wgmma.cu` has beside that."""
 
 
 @functools.cache
@@ -262,13 +281,9 @@ class LinearWeight:
         if key not in self._launches:
             shape = (self.out_features, self.in_features)
             plan = plan_for(self.weight_format, *shape, key[0], Card.of(self.weight.device))
+            has_bias = self.bias is not None
             self._launches[key] = (
-                plan
-                if plan is None
-                else Launch(
-                    linear_kernel(plan, self.weight_format, *shape, self.bias is not None, has_gelu),
-                    linear_grid(plan, self.out_features),
-                )
+                None if plan is None else Launch.of(plan, self.weight_format, *shape, has_bias, has_gelu)
             )
         return self._launches[key]
 
@@ -348,16 +363,8 @@ def apply(
     if launch is not None:
         for begin in range(0, num_rows, step):
             part = x.half[begin : begin + step] if step < num_rows else x.half
-            launch.kernel.launch(
-                launch.grid,
-                weight.weight,
-                weight.scales,
-                weight.bias,
-                part,
-                out[begin : begin + step] if step < num_rows else out,
-                len(part),
-                is_dependent=is_dependent,
-            )
+            part_out = out[begin : begin + step] if step < num_rows else out
+            launch.run(part, weight.weight, weight.scales, weight.bias, part_out, is_dependent=is_dependent)
         return Activations(out)
     dense = weight.weight
     if weight.weight_format in ("INT4", "INT8"):
