@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import logging
 import socket
@@ -13,7 +14,7 @@ from typing import Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from prometheus_client import make_wsgi_app
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import CollectorRegistry
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Exporter:
     ) -> None:
         """health: whether all is well, and the worker's state in one word. Raises PortTaken when none of `num_ports` ports
         from `port` on is free, OSError when the host is not this machine's."""
-        app = _app(make_wsgi_app(registry), health)
+        app = _app(registry, health)
         self._server = _serve_on_first_free(app, host, port, num_ports)
         self.port = self._server.server_port
         self.address = f"{f'[{host}]' if ':' in host else host}:{self.port}"
@@ -53,7 +54,7 @@ class Exporter:
         self._thread.join(5)
 
 
-def _app(metrics: WSGIApplication, health: Callable[[], tuple[bool, str]]) -> WSGIApplication:
+def _app(registry: CollectorRegistry, health: Callable[[], tuple[bool, str]]) -> WSGIApplication:
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
         if path == "/health":
@@ -64,7 +65,15 @@ def _app(metrics: WSGIApplication, health: Callable[[], tuple[bool, str]]) -> WS
             )
             return [body]
         if path in ("/metrics", "/"):
-            return metrics(environ, start_response)
+            # Always the plain text format: asked for OpenMetrics, prometheus_client 0.26 turns the colon of vLLM's names into
+            # an underscore.
+            body = generate_latest(registry)
+            headers = [("Content-Type", CONTENT_TYPE_PLAIN_0_0_4)]
+            if "gzip" in environ.get("HTTP_ACCEPT_ENCODING", ""):
+                body = gzip.compress(body, compresslevel=1)
+                headers.append(("Content-Encoding", "gzip"))
+            start_response("200 OK", headers)
+            return [body]
         start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
         return [b"There are /metrics and /health here.\n"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -254,6 +255,7 @@ def test_the_log_has_ids_and_no_text_of_a_user(client: Client, road: Any) -> Non
     )
     finished = submission.result(30)
 
-    line = f"request {submission.request_id}: {finished.reason}, "
-    road.wait_for_log(line, 5)
+    road.wait_for_log(f'"request_id":"{submission.request_id}"', 5)
+    (line,) = (json.loads(line) for line in road.log.splitlines() if submission.request_id in line)
+    assert (line["event"], line["reason"]) == ("answered", finished.reason)
     assert "Rumpelstilzchen" not in road.log
