@@ -41,6 +41,8 @@ MAX_TURNS: Final = 12
 PRIORITY: Final = 8
 RETRY_TEMPERATURE: Final = 0.7
 """A greedy fold would fail the same way again."""
+MAX_PAUSE: Final = 7
+"""Turns without a try after many failures in a row."""
 
 _FOLD: Final = {
     "chinese": ("请把新的对话并入摘要。\n摘要：", "\n对话：\n", "问：", "\n答："),
@@ -70,15 +72,15 @@ def fold_parts(summary: str, turns: Sequence[Turn], language: Language) -> list[
 
 def due_fold(request: ChatRequest, remembering: Remembering) -> FoldRequest | None:
     """The fold to ask for once this question is answered, if it is time."""
-    context_len = remembering.memory.context_len
+    failures = remembering.fold_failures
     is_due = (
-        remembering.uncovered_tokens >= context_len // FOLD_SHARE
+        remembering.uncovered_tokens >= remembering.memory.context_len // FOLD_SHARE
         # With the turn that is being answered.
         or remembering.uncovered_turns + 1 >= MAX_TURNS
     )
-    if not is_due:
+    # After failures not with every turn: they cost as much as successes.
+    if not is_due or remembering.memory.num_turns % (min(failures, MAX_PAUSE) + 1):
         return None
-    failures = remembering.fold_failures
     return FoldRequest(
         conversation_id=request.conversation_id or "",
         tenant=request.tenant,
@@ -168,12 +170,13 @@ MIN_DISTINCT: Final = 0.4
 
 
 def check_summary(finished: Finished) -> Failed | None:
-    """What is wrong with a fold's answer, if it cannot be a summary; the old one stays then."""
+    """What is wrong with a fold's answer, if it cannot be a summary; the old one stays then.
+
+    One that was cut at its greatest length is one: what is at its end is lost, and refusing it would lose every later turn.
+    """
     problem = None
     text = finished.text.strip()
-    if finished.reason == "length":
-        problem = "it did not come to an end"
-    elif not any(map(str.isalpha, text)) or text in NO_SUMMARY.values():
+    if not any(map(str.isalpha, text)) or text in NO_SUMMARY.values():
         problem = "it is empty"
     elif _is_loop(text):
         problem = "it repeats itself"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,8 @@ def test_a_turn_keeps_its_beginning_and_its_end() -> None:
         ("", "stop", "it is empty"),
         (" \n。", "stop", "it is empty"),
         ("无", "stop", "it is empty"),
-        ("The user is", "length", "it did not come to an end"),
+        ("The user is called Anna, is", "length", None),
+        ("a, " * 200, "length", "it repeats itself"),
         ("用户喜欢跑步，" * 20, "stop", "it repeats itself"),
         ("a" * 100, "stop", "it repeats itself"),
         ("", "cancelled", None),
@@ -144,7 +146,7 @@ def test_a_rejected_summary_is_tried_again_with_fewer_turns_and_another_draw(ben
     for number in range(MAX_TURNS):
         ask(bench, f"{number % 10}", "a")
     first = folding(bench)
-    bench.say(first.sequence_id, "x" * 50, "length")
+    bench.say(first.sequence_id, "x" * 70, "length")
     wait_for(lambda: status(bench).fold_failures == 1)
     assert (status(bench).summary, status(bench).covered) == ("", 0)
     ask(bench, "q", "a")
@@ -155,6 +157,20 @@ def test_a_rejected_summary_is_tried_again_with_fewer_turns_and_another_draw(ben
     bench.say_ids(second.sequence_id, [*map(ord, "good"), END], "stop")
     wait_for(lambda: status(bench).covered == MAX_TURNS // 2)
     assert (status(bench).summary, status(bench).fold_failures) == ("good", 0)
+
+
+def test_folds_that_fail_again_and_again_are_tried_less_often(bench: Any) -> None:
+    for _ in range(MAX_TURNS):
+        ask(bench, "q", "a")
+    tried = []
+    for number in range(MAX_TURNS, MAX_TURNS + 12):
+        if request_id := status(bench).folding:
+            tried.append(number)
+            bench.say(bench.generation(request_id).sequence_id, "x" * 70, "stop")
+            wait_for(lambda: status(bench).folding is None)
+        ask(bench, "q", "a")
+        time.sleep(0.02)
+    assert tried == [12, 13, 16, 17, 21]
 
 
 def test_a_fold_goes_on_after_a_takeover_with_the_same_turns(bench: Any, new_bench: NewBench) -> None:
