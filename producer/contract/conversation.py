@@ -22,7 +22,7 @@ _name: TypeAdapter[str] = TypeAdapter(Name)
 
 
 class _Kept(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
 
 
 class ArchivedTurn(_Kept):

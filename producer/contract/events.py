@@ -19,7 +19,7 @@ CONTRACT_VERSION: Final = 1
 
 
 class _Event(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
 
     version: Literal[1] = CONTRACT_VERSION
 
@@ -108,7 +108,9 @@ class Failed(_Event):
 
 Event = Started | Token | Finished | Failed
 
-_adapter: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
+_adapter: TypeAdapter[Event] = TypeAdapter(
+    Annotated[Event, Field(discriminator="type")], config=ConfigDict(hide_input_in_errors=True)
+)
 
 
 def encode_event(event: Event) -> str:

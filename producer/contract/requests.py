@@ -53,7 +53,8 @@ class _RaisesInvalidRequest(ModelMetaclass):
 class _Strict(BaseModel, metaclass=_RaisesInvalidRequest):
     """Immutable, no coercion, no unknown fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    # What a user wrote must not turn up in logs by way of an error.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
     def replace(self: ModelT, **changes: Any) -> ModelT:
         """A copy with other values, validated like a new one."""
@@ -197,7 +198,9 @@ class FoldRequest(_Request):
 
 Request = ChatRequest | SummaryRequest | FoldRequest
 
-_adapter: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="kind")])
+_adapter: TypeAdapter[Request] = TypeAdapter(
+    Annotated[Request, Field(discriminator="kind")], config=ConfigDict(hide_input_in_errors=True)
+)
 
 
 def encode_request(request: Request) -> str:
