@@ -34,6 +34,8 @@ CONFIG = ModelConfig(
     num_heads=4,
     vocab_size=1024,
     max_sequence_length=512,
+    # With one tensor for both a random network repeats its input, whatever its adapter.
+    tie_word_embeddings=False,
 )
 GREEDY = {"temperature": 0.0, "max_new_tokens": 12, "min_new_tokens": 12}
 
@@ -65,7 +67,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
     return {
         name: write_adapter(
-            root / name, shapes, seed=seed, rank=rank, targets=TARGETS[:num_targets], strength=0.05
+            root / name, shapes, seed=seed, rank=rank, targets=TARGETS[:num_targets], strength=0.12
         )
         for seed, (name, rank, num_targets) in enumerate([("a", 8, 1), ("b", 20, 4), ("c", 3, 2)])
     }
