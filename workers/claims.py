@@ -28,6 +28,7 @@ from producer.contract import (
     decode_request,
 )
 from producer.ledger import Claim, Ledger, calls
+from workers.documents import CancelAsked, Documents, Waiting
 from workers.engine.client import EngineDied
 from workers.engine.messages import Generate
 from workers.folding import FoldPrompts, check_summary, due_fold
@@ -72,6 +73,7 @@ class Claims:
         self._metrics = metrics
         self._memory = Memory(ledger)
         self._folds = FoldPrompts(ledger)
+        self._documents = Documents(ledger)
         self._sequence_ids = itertools.count(1)
         self._slots = settings.slots
         self._prompts: Prompts | None = None
@@ -291,7 +293,10 @@ class Claims:
             num_published=len(claim.emitted_ids),
             num_emitted_before=len(claim.emitted_ids),
             age_seconds=claim.age_seconds,
+            pieces=claim.pieces,
         )
+        if claim.pieces.levels:
+            running.seconds_before = claim.age_seconds - claim.queue_seconds
         if claim.deadline_seconds is not None:
             running.deadline = running.claimed + claim.deadline_seconds
         self._running.add(running)
@@ -303,8 +308,10 @@ class Claims:
             self._publisher.end(running, Failed(code=refusal.code, message=refusal.message))
         except InvalidRequest as error:
             self._publisher.end(running, Failed(code="invalid_request", message=str(error)))
-        except Fenced:
+        except (Fenced, Waiting):
             self._publisher.drop(running)
+        except CancelAsked:
+            self._publisher.end(running, "cancelled")
         except (RedisUnavailable, RedisError):
             self._publisher.end(running, RELEASED)
             raise
@@ -368,6 +375,8 @@ class Claims:
             running.memory = remembering.memory
             running.fold = due_fold(request, remembering)
             return remembering.prompt
+        if isinstance(request, SummaryRequest):
+            return self._documents.build(prompts, request, claim)
         return prompts.build(request)
 
 

@@ -1,4 +1,4 @@
-"""Hears what others tell this worker over Redis: cancellations, and commands about adapters.
+"""Hears what others tell this worker over Redis: cancellations, work that waits, and commands about adapters.
 
 A lost message costs a moment, not the cancellation: it is also in the ledger, which answers with it at the next flush or renewal.
 Whoever gives a command about adapters waits for a reply, and sees that there is none.
@@ -14,7 +14,7 @@ from typing import Any
 import redis
 from redis.exceptions import RedisError
 
-from producer.contract.control import AdapterCommand, CancelCommand, decode_command
+from producer.contract.control import AdapterCommand, CancelCommand, LookCommand, decode_command
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +31,13 @@ class Control:
         channel: str,
         on_cancel: Callable[[str], None],
         on_adapter: Callable[[AdapterCommand], None] | None = None,
+        on_look: Callable[[], None] | None = None,
     ) -> None:
         self._connection = connection
         self._channel = channel
         self._on_cancel = on_cancel
         self._on_adapter = on_adapter
+        self._on_look = on_look
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
 
@@ -75,5 +77,8 @@ class Control:
             return
         if isinstance(command, CancelCommand):
             self._on_cancel(command.request_id)
+        elif isinstance(command, LookCommand):
+            if self._on_look is not None:
+                self._on_look()
         elif self._on_adapter is not None:
             self._on_adapter(command)

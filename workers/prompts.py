@@ -79,7 +79,7 @@ class Prompts:
             raise Refusal("invalid_request", "kind: 'fold' cannot be answered without its conversation.")
         if isinstance(request, ChatRequest):
             return self.chat(request, request.history)
-        self._check_adapter(request.adapter)
+        self.check_adapter(request.adapter)
         ids = self.tokenizer.build_prompt(summary_query(request))
         wanted = request.sampling.max_new_tokens
         return self._prompt(
@@ -88,7 +88,7 @@ class Prompts:
 
     def chat(self, request: ChatRequest, history: Sequence[Turn]) -> Prompt:
         """The prompt of this question after these turns. Raises Refusal like `build`."""
-        self._check_adapter(request.adapter)
+        self.check_adapter(request.adapter)
         ids = self.tokenizer.build_prompt(request.query, history)
         return self._prompt(request, ids, request.sampling.max_new_tokens)
 
@@ -96,7 +96,7 @@ class Prompts:
         self, request: Request, parts: Sequence[Part], labels: re.Pattern[str], max_new_tokens: int
     ) -> Prompt:
         """The prompt of a text that is built of these parts. Raises Refusal like `build`."""
-        self._check_adapter(request.adapter)
+        self.check_adapter(request.adapter)
         return self._prompt(request, self.tokenizer.encode_framed_prompt(parts, labels), max_new_tokens)
 
     def _prompt(self, request: Request, ids: list[int], wanted: int | None) -> Prompt:
@@ -106,7 +106,8 @@ class Prompts:
         max_new_tokens = left if wanted is None else min(wanted, left)
         return Prompt(ids, _resolve(request, max_new_tokens), request.adapter)
 
-    def _check_adapter(self, adapter: str | None) -> None:
+    def check_adapter(self, adapter: str | None) -> None:
+        """Raises Refusal: `unknown_adapter`."""
         if adapter is None or adapter in self.adapters:
             return
         known = ", ".join(sorted(self.adapters)) or "none"
@@ -122,7 +123,7 @@ class Prompts:
             f"must hold it and at least one token of the answer"
         )
         if isinstance(request, SummaryRequest):
-            return f"text: {numbers}. Summarize it in pieces."
+            return f"text: {numbers}, and is too small for pieces of it. Give this model a larger context."
         if isinstance(request, FoldRequest):
             return f"{numbers}. Give this model a larger context."
         query_len = len(self.tokenizer.build_prompt(request.query))

@@ -13,6 +13,7 @@ from typing import Final, Literal, Protocol
 
 from producer.contract import Failed, Finished, FoldRequest, Timings, Usage
 from producer.contract.conversation import PromptMemory
+from producer.ledger import Pieces
 from workers.pool import Ticket
 
 EndReason = Literal["stop", "length", "cancelled"]
@@ -53,6 +54,10 @@ class RunningRequest:
     kind: str = "unknown"
     adapter: str | None = None
     claimed: float = field(default_factory=time.monotonic)
+    pieces: Pieces = field(default_factory=Pieces)
+    """Of a text that is too long for the context: its pieces, all done."""
+    seconds_before: float = 0.0
+    """From the first claim to this one, which its pieces have taken."""
     sequence_id: int = 0
     """Under which the engine knows it; 0 before the engine was asked."""
     detokenizer: AnswerDetokenizer | None = None
@@ -105,8 +110,8 @@ class RunningRequest:
             usage=self._usage(),
             timings=Timings(
                 queue_seconds=self.queue_seconds,
-                first_token_seconds=(self.first_token or now) - self.claimed,
-                total_seconds=now - self.claimed,
+                first_token_seconds=self.seconds_before + (self.first_token or now) - self.claimed,
+                total_seconds=self.seconds_before + now - self.claimed,
             ),
             attempts=self.attempt,
         )
@@ -119,6 +124,9 @@ class RunningRequest:
             summary_turns=memory.covered,
             recent_turns=memory.num_recent,
             left_out_turns=memory.num_left_out,
+            pieces=self.pieces.number,
+            piece_prompt_tokens=self.pieces.prompt_tokens,
+            piece_completion_tokens=self.pieces.completion_tokens,
         )
 
 

@@ -131,6 +131,7 @@ class Worker:
             keys.control(self.name),
             self._on_cancel,
             self._on_adapter_command,
+            self._claims.look,
         )
         self._adapters = ServedAdapters(self.name, dict(settings.adapters), settings.adapters_dir)
         self._engine: EngineClient | None = None

@@ -15,5 +15,5 @@ def cancel(request_id: Annotated[str, typer.Argument(help="As printed by submit,
         state = client.cancel(request_id)
     print(
         f"{request_id} was {state}"
-        + ("; it is cancelled" if state in ("queued", "running") else ": nothing to cancel")
+        + ("; it is cancelled" if state in ("queued", "running", "waiting") else ": nothing to cancel")
     )

@@ -1,6 +1,6 @@
 """What a worker can be told on its control channel, one line each, and how it replies. Pure data, no I/O.
 
-`cancel R` gets no reply: the ledger has it as well. A command about adapters carries an id; each worker leaves its reply
+`cancel R` and `look` get no reply: the ledger has it as well. A command about adapters carries an id; each worker leaves its reply
 under it (`Keys.replies`).
 """
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from producer.contract.errors import InvalidRequest
 from producer.contract.requests import Name
 
-_LOAD, _UNLOAD, _CANCEL = "load-adapter", "unload-adapter", "cancel"
+_LOAD, _UNLOAD, _CANCEL, _LOOK = "load-adapter", "unload-adapter", "cancel", "look"
 
 _name: TypeAdapter[str] = TypeAdapter(Name)
 
@@ -26,6 +26,10 @@ class CancelCommand(_Told):
     """Stop answering this request."""
 
     request_id: str
+
+
+class LookCommand(_Told):
+    """There is work in the queue of which no ticket tells."""
 
 
 class LoadAdapterCommand(_Told):
@@ -44,7 +48,7 @@ class UnloadAdapterCommand(_Told):
 
 
 AdapterCommand = LoadAdapterCommand | UnloadAdapterCommand
-Command = CancelCommand | AdapterCommand
+Command = CancelCommand | LookCommand | AdapterCommand
 
 
 class Reply(_Told):
@@ -72,6 +76,8 @@ def encode_command(command: Command) -> str:
     """The command as one line of text."""
     if isinstance(command, CancelCommand):
         return f"{_CANCEL} {command.request_id}"
+    if isinstance(command, LookCommand):
+        return _LOOK
     verb = _LOAD if isinstance(command, LoadAdapterCommand) else _UNLOAD
     return f"{verb} {command.model_dump_json()}"
 
@@ -81,6 +87,8 @@ def decode_command(line: str) -> Command:
     verb, _, argument = line.partition(" ")
     if verb == _CANCEL and argument:
         return CancelCommand(request_id=argument)
+    if line == _LOOK:
+        return LookCommand()
     if verb == _LOAD:
         return LoadAdapterCommand.model_validate_json(argument)
     if verb == _UNLOAD:

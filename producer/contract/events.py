@@ -1,11 +1,14 @@
-"""What a reader of an answer sees: Started, Token..., then Finished or Failed. Versioned JSON.
+"""What a reader of an answer sees: Started, Token..., then Finished or Failed; Progress before, if its text came in pieces. Versioned JSON.
 
 Every event has a place in the request's Redis stream, and that place is its id, `<token index>-<n>`:
 
 - `Token`: `<index>-0`, where index counts answer tokens from 1; an event of several tokens has the index of its last.
 - `Started`: `<tokens emitted before>-<attempt>`, so that the first one is `0-1` and one after a takeover follows the token
   that it continues from.
+- `Progress`: `0-<n>`.
 - `Finished`, `Failed`: `<tokens emitted>-<attempt + 1>`.
+
+Where the entry before has this place already, the number after the dash is the next one.
 """
 
 from __future__ import annotations
@@ -37,6 +40,11 @@ class Usage(BaseModel):
     """Its last so many turns were in the prompt word for word; the summary may cover some of them as well."""
     left_out_turns: int = 0
     """So many turns between the two were not in the prompt: the summary does not cover them yet."""
+    pieces: int = 0
+    """A text too long for the context was summarized in so many pieces, those of summaries included."""
+    piece_prompt_tokens: int = 0
+    """Of all pieces together, and not counted in `prompt_tokens`."""
+    piece_completion_tokens: int = 0
 
 
 class Timings(BaseModel):
@@ -50,6 +58,17 @@ class Timings(BaseModel):
     """From the claim to the first token."""
     total_seconds: float = 0.0
     """From the claim to the end."""
+
+
+class Progress(_Event):
+    """How far the pieces are of a text that is too long for the context."""
+
+    type: Literal["progress"] = "progress"
+    level: int
+    """1: pieces of the text itself; 2: of their summaries, and so on. How many levels there will be, nobody knows before."""
+    done: int
+    total: int
+    """Pieces of this level."""
 
 
 class Started(_Event):
@@ -106,7 +125,7 @@ class Failed(_Event):
     message: str
 
 
-Event = Started | Token | Finished | Failed
+Event = Progress | Started | Token | Finished | Failed
 
 _adapter: TypeAdapter[Event] = TypeAdapter(
     Annotated[Event, Field(discriminator="type")], config=ConfigDict(hide_input_in_errors=True)

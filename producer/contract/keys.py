@@ -27,16 +27,19 @@ key                                     type       content and lifetime
 {ns}:dead                               zset       ids of requests that failed at too many attempts, by the time (ms)
 {ns}:push:<reader>                      channel    events of all requests that this reader process follows: lines of
                                                    R, id of the entry before, id of the entry, event; tabs between
-{ns}:control:<worker>                   channel    commands (`contract.control`): `cancel R`, or a verb and JSON
+{ns}:control:<worker>                   channel    commands (`contract.control`): `cancel R`, `look`, or a verb and JSON
 {ns}:replies:<command>                  list       a `Reply` (JSON) of each worker that has got the command;
                                                    `reply_seconds`
 ======================================  =========  ==============================================================
 
-Fields of a request: `request` (JSON), `digest` (of the body as it was submitted), `state` (queued, running, done, failed, cancelled,
-dead), `model`, `tenant`, `priority`, `attempt` (the fencing token), `worker`, `started` (the attempt whose Started is in the stream),
+Fields of a request: `request` (JSON), `digest` (of the body as it was submitted), `state` (queued, running, waiting, done, failed,
+cancelled, dead), `model`, `tenant`, `priority`, `attempt` (the fencing token), `worker`, `started` (the attempt whose Started is in the stream),
 `count` (answer tokens emitted), `last` (id of the stream's last entry), `readers` (comma-separated), `cancel` (1 when asked for),
 `retention` (ms), and times in ms on Redis' clock: `submitted`, `claimed` (first), `deadline`, `ended`. One that belongs to a conversation
 also has `conversation` (C), and from its first prompt on `memory` (JSON): what that prompt consists of, so that every attempt builds the same.
+A text that is too long for the context is a document: from its first split on it has `levels` (numbers of pieces, comma-separated), `left` (pieces
+of the last level that are not done), and of all pieces that are done `pieces`, `piece_prompt_tokens`, `piece_completion_tokens`. Its pieces are requests
+`<R>.<level>.<number>` with `document` (R) and, once one has failed, `retried` (the attempt); they are kept as long as it lives, then as long as itself.
 
 Fields of a conversation: `id`, `tenant`, `model` (of its last request), `lifetime` (ms), `summary`, `summary_tokens`, `covered` (the summary
 stands for so many turns, counted from the first), `context_len` (tokens, of the model that answered last), `busy` (the request that is being

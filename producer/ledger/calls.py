@@ -32,11 +32,11 @@ from producer.contract.keys import (
     WORKER_SECONDS,
     conversation_name,
 )
-from producer.contract.requests import ChatRequest, FoldRequest, Request, encode_request
+from producer.contract.requests import ChatRequest, FoldRequest, Request, SummaryRequest, encode_request
 
 T = TypeVar("T")
 
-State = Literal["queued", "running", "done", "failed", "cancelled", "dead"]
+State = Literal["queued", "running", "waiting", "done", "failed", "cancelled", "dead"]
 FINAL_STATES: Final = frozenset({"done", "failed", "cancelled", "dead"})
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
@@ -167,7 +167,8 @@ def refuse(
 def cancel(request_id: str) -> Call[State]:
     """Ask for the end of a request; answers its state before. Raises UnknownRequest.
 
-    A queued one ends at once. A running one is ended by its worker; a final state stays as it is.
+    A queued one ends at once, and so does a document that waits for its pieces. A running one is ended by its worker; a final state
+    stays as it is.
     """
 
     def parse(state: State | None) -> State:
@@ -345,6 +346,18 @@ def backlog(model: str) -> Call[Backlog]:
 
 
 @dataclass(frozen=True, slots=True)
+class Pieces:
+    """How far a text that was too long for the context has come in pieces."""
+
+    levels: tuple[int, ...] = ()
+    """Pieces of the text itself, of their summaries, and so on. All of them are done when the request can be claimed."""
+    number: int = 0
+    """Of them all, and of theirs if some were too long for whoever took them."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """A request that a worker may now answer, until its lease ends. `attempt` is the fencing token."""
 
@@ -362,6 +375,7 @@ class Claim:
     """Their texts, as the reader has them."""
     age_seconds: float = 0.0
     """Since submit."""
+    pieces: Pieces = Pieces()
 
 
 def claim(model: str, worker: str, lease_seconds: float) -> Call[Claim | None]:
@@ -370,7 +384,7 @@ def claim(model: str, worker: str, lease_seconds: float) -> Call[Claim | None]:
     def parse(answer: list[Any]) -> Claim | None:
         if answer[0] == 0:
             return None
-        _, request_id, attempt, request, waited, left, items, age = answer
+        _, request_id, attempt, request, waited, left, items, age, (levels, *counts) = answer
         tokens = [event for _, data in _entries(items) if isinstance(event := decode_event(data), Token)]
         return Claim(
             request_id,
@@ -381,6 +395,10 @@ def claim(model: str, worker: str, lease_seconds: float) -> Call[Claim | None]:
             tuple(token_id for token in tokens for token_id in token.ids),
             tuple(text for token in tokens for text in token.texts),
             age / 1000,
+            Pieces(
+                tuple(int(number) for number in (levels or "").split(",") if number),
+                *(int(count or 0) for count in counts),
+            ),
         )
 
     return Call(
@@ -434,7 +452,10 @@ def finish(request_id: str, attempt: int, event: Finished) -> Call[bool]:
 
 
 def fail(request_id: str, attempt: int, event: Failed) -> Call[bool]:
-    """End a request without an answer. False: fenced."""
+    """End a request without an answer. False: fenced.
+
+    A piece of a document goes back to the queue instead, once; the next time it ends, and its document with it.
+    """
     return Call("finish", [request_id, attempt, "failed", encode_event(event)], lambda code: bool(code >= 0))
 
 
@@ -482,6 +503,49 @@ def renew(
             *(part for lease in leases for part in lease),
         ],
         lambda answer: Renewal(*answer),
+    )
+
+
+# --- documents, for workers ------------------------------------------------------------------------------------------
+
+
+class Split(NamedTuple):
+    """What has become of a split."""
+
+    outcome: Literal["waiting", "fenced", "cancel_asked", "id_taken"]
+    taken_id: str = ""
+
+
+_SPLIT_OUTCOMES: Final[dict[int, Literal["waiting", "fenced", "cancel_asked", "id_taken"]]] = {
+    1: "waiting",
+    0: "waiting",
+    -1: "fenced",
+    -2: "cancel_asked",
+    -3: "id_taken",
+}
+
+
+def split(
+    request_id: str, attempt: int, *, level: int, priority: int, pieces: Sequence[SummaryRequest]
+) -> Call[Split]:
+    """Queue the pieces of a running request; it waits for them without a worker, and is queued again when all are done.
+
+    level: 1 for pieces of the text itself, 2 for pieces of their summaries, and so on; no level can be queued twice. A piece's id is
+    `<request id>.<level>.<number from 1>`; model, tenant, deadline and retention are the request's.
+    """
+    return Call(
+        "split",
+        [request_id, attempt, level, priority, *map(encode_request, pieces)],
+        lambda answer: Split(_SPLIT_OUTCOMES[answer[0]], *answer[1:]),
+    )
+
+
+def pieces(request_id: str, *, level: int, number: int) -> Call[list[Event | None]]:
+    """The last event of each piece of a level; None where there is none."""
+    return Call(
+        "pieces",
+        [request_id, level, number],
+        lambda answer: [None if event is None else decode_event(event) for event in answer],
     )
 
 

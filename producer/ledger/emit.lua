@@ -20,7 +20,7 @@ for id, attempt, before, index, event in string.gmatch(ARGV[1], '([^\t]*)\t([^\t
     if started == attempt then
       code = 0
     else
-      local entry = count .. '-' .. attempt
+      local entry = entry_after(fields[4], count, tonumber(attempt))
       append(id, fields[4], entry, event, fields[7])
       redis.call('HSET', key, 'last', entry, 'started', attempt)
       code = 1

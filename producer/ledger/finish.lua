@@ -1,15 +1,24 @@
 -- The worker's last word about a request.
 -- ARGV: id, attempt, state (done, cancelled, failed), Finished or Failed event
--- Answers 1, 0 if this attempt ended it so before (a retry whose first answer was lost), -1 if fenced.
+-- A piece of a document that fails for the first time goes back to the queue instead, and is gone on with from its last token.
+-- Answers 1, 2 if it went back, 0 if this attempt ended it so before (a retry whose first answer was lost), -1 if fenced.
 
 local id, attempt, state, event = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local fields = redis.call('HMGET', request_key(id), 'state', 'attempt')
+local fields = redis.call('HMGET', request_key(id), 'state', 'attempt', 'retried')
 if fields[2] ~= attempt then
   return -1
 elseif fields[1] == state then
   return 0
+elseif fields[1] == 'queued' and fields[3] == attempt then
+  return 2
 elseif fields[1] ~= 'running' then
   return -1
+end
+if state == 'failed' and redis.call('HEXISTS', request_key(id), 'document') == 1 and redis.call('HSETNX', request_key(id), 'retried', attempt) == 1 then
+  requeue(id, CANCELLED)
+  call_workers()
+  publish_pushes()
+  return 2
 end
 end_request(id, state, event, now_ms())
 publish_pushes()

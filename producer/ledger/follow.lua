@@ -10,7 +10,7 @@ for i = 2, #ARGV, 2 do
   local fields = redis.call('HMGET', key, 'state', 'last', 'readers')
   local state, readers = fields[1], fields[3] or ''
   if state then
-    if reader ~= '' and (state == 'queued' or state == 'running')
+    if reader ~= '' and (state == 'queued' or state == 'running' or state == 'waiting')
       and not string.find(',' .. readers .. ',', ',' .. reader .. ',', 1, true) then
       redis.call('HSET', key, 'readers', readers == '' and reader or readers .. ',' .. reader)
     end

@@ -18,6 +18,13 @@ local rejected_key = prefix .. 'rejected'
 local conversations_key = prefix .. 'conversations'
 local workers_key = prefix .. 'workers'
 
+-- A Finished event to fill in, for pieces that end with their document.
+local CANCELLED = '{"version":1,"type":"finished","reason":"cancelled","text":"","usage":{"prompt_tokens":0},"timings":{"queue_seconds":0}}'
+
+local function piece_id(document, level, number)
+  return document .. '.' .. level .. '.' .. number
+end
+
 local function now_ms()
   local time = redis.call('TIME')
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -30,6 +37,9 @@ end
 
 -- Lines for each reader; a reader gets all of a script's lines in one message.
 local pushes = {}
+
+-- Ending a request may end those that wait for it, and those that it waits for.
+local end_request, cancel_request
 
 -- One event at the end of a request's stream. `previous` is the id of the entry before it: a reader that has not seen that one has a gap.
 local function append(id, previous, entry, event, readers)
@@ -47,6 +57,22 @@ end
 local function publish_pushes()
   for reader, lines in pairs(pushes) do
     redis.call('PUBLISH', prefix .. 'push:' .. reader, table.concat(lines, '\n'))
+  end
+end
+
+-- Where an event that comes with no token goes: behind the stream's last entry, `last`, and at `number` at least.
+local function entry_after(last, count, number)
+  local index, last_number = string.match(last, '^(%d+)-(%d+)$')
+  if index == count and tonumber(last_number) >= number then
+    number = tonumber(last_number) + 1
+  end
+  return count .. '-' .. string.format('%d', number)
+end
+
+-- There is work of which no ticket tells.
+local function call_workers()
+  for _, worker in ipairs(redis.call('ZRANGE', workers_key, 0, -1)) do
+    redis.call('PUBLISH', prefix .. 'control:' .. worker, 'look')
   end
 end
 
@@ -68,7 +94,7 @@ end
 -- Whether this request will still end by itself; false also for one that is not known (any more).
 local function is_live(id)
   local state = id and redis.call('HGET', request_key(id), 'state')
-  return state == 'queued' or state == 'running'
+  return state == 'queued' or state == 'running' or state == 'waiting'
 end
 
 -- While an answer is in progress the conversation does not expire.
@@ -134,11 +160,74 @@ local function end_fold(id, name, state, event)
   end
 end
 
--- The last event; whoever calls has checked that the request may end now.
-local function end_request(id, state, event, now)
+-- How far a document's last level of pieces is.
+local function append_progress(id, level, done, total)
   local key = request_key(id)
-  local fields = redis.call('HMGET', key, 'attempt', 'count', 'last', 'readers', 'retention', 'worker', 'model', 'conversation')
-  local entry = fields[2] .. '-' .. (tonumber(fields[1]) + 1)
+  local fields = redis.call('HMGET', key, 'count', 'last', 'readers')
+  local entry = entry_after(fields[2], fields[1], 1)
+  append(id, fields[2], entry, cjson.encode({version = 1, type = 'progress', level = level, done = done, total = total}), fields[3])
+  redis.call('HSET', key, 'last', entry)
+end
+
+-- A piece has ended, and its document, if that still waits, is one piece further, or ends as the piece did.
+local function end_piece(id, document, state, event, now)
+  local key = request_key(document)
+  local fields = redis.call('HMGET', key, 'state', 'levels', 'left', 'model', 'priority', 'submitted')
+  if fields[1] ~= 'waiting' then
+    return
+  end
+  if state == 'cancelled' then
+    cancel_request(document, CANCELLED)
+    return
+  end
+  local ended = cjson.decode(event)
+  if state ~= 'done' then
+    end_request(document, 'failed', cjson.encode({version = 1, type = 'failed', code = ended.code,
+      message = 'Its piece ' .. id .. ' failed: ' .. ended.message}), now)
+    return
+  end
+  -- A piece may have been too long for the worker that took it, and so a document itself.
+  local usage = ended.usage
+  redis.call('HINCRBY', key, 'pieces', 1 + (usage.pieces or 0))
+  redis.call('HINCRBY', key, 'piece_prompt_tokens', usage.prompt_tokens + (usage.piece_prompt_tokens or 0))
+  redis.call('HINCRBY', key, 'piece_completion_tokens', usage.completion_tokens + (usage.piece_completion_tokens or 0))
+  local left = tonumber(fields[3]) - 1
+  redis.call('HSET', key, 'left', left)
+  local level, total = 0, 0
+  for number in string.gmatch(fields[2], '%d+') do
+    level, total = level + 1, tonumber(number)
+  end
+  append_progress(document, level, total - left, total)
+  if left == 0 then
+    redis.call('HSET', key, 'state', 'queued')
+    enqueue(document, fields[4], fields[5], tonumber(fields[6]) * 100)
+    call_workers()
+  end
+end
+
+-- A document has ended: nobody needs its pieces any more. Results are kept as long as its own.
+local function end_pieces(id, levels, retention)
+  local level = 0
+  for total in string.gmatch(levels, '%d+') do
+    level = level + 1
+    for number = 1, tonumber(total) do
+      local piece = piece_id(id, level, number)
+      if is_live(piece) then
+        cancel_request(piece, CANCELLED)
+      else
+        redis.call('PEXPIRE', request_key(piece), retention)
+        redis.call('PEXPIRE', events_key(piece), retention)
+      end
+    end
+  end
+end
+
+-- The last event; whoever calls has checked that the request may end now.
+function end_request(id, state, event, now)
+  local key = request_key(id)
+  local fields = redis.call('HMGET', key, 'attempt', 'count', 'last', 'readers', 'retention', 'worker', 'model', 'conversation',
+    'document', 'levels')
+  local entry = entry_after(fields[3], fields[2], tonumber(fields[1]) + 1)
   append(id, fields[3], entry, event, fields[4])
   redis.call('HSET', key, 'state', state, 'last', entry, 'ended', now)
   redis.call('HDEL', key, 'cancel', 'readers')
@@ -156,13 +245,23 @@ local function end_request(id, state, event, now)
   if fields[6] and fields[6] ~= '' then
     redis.call('SREM', running_key(fields[6]), id)
   end
-  redis.call('PEXPIRE', key, fields[5])
-  redis.call('PEXPIRE', events_key(id), fields[5])
+  if fields[10] then
+    end_pieces(id, fields[10], fields[5])
+  end
+  if fields[9] then
+    end_piece(id, fields[9], state, event, now)
+  end
+  -- The document reads the results of its pieces when all of them are there.
+  if not is_live(fields[9]) then
+    redis.call('PEXPIRE', key, fields[5])
+    redis.call('PEXPIRE', events_key(id), fields[5])
+  end
 end
 
 -- A request ends cancelled while no worker has it: the answer is what its stream has. `template` is a Finished event to fill in.
 local function end_cancelled(id, template, now)
-  local fields = redis.call('HMGET', request_key(id), 'attempt', 'count', 'submitted', 'claimed')
+  local fields = redis.call('HMGET', request_key(id), 'attempt', 'count', 'submitted', 'claimed', 'pieces', 'piece_prompt_tokens',
+    'piece_completion_tokens')
   local event = cjson.decode(template)
   local texts = {}
   for _, item in ipairs(redis.call('XRANGE', events_key(id), '-', '+')) do
@@ -176,6 +275,9 @@ local function end_cancelled(id, template, now)
   event.text = table.concat(texts)
   event.attempts = tonumber(fields[1])
   event.usage.completion_tokens = tonumber(fields[2])
+  event.usage.pieces = tonumber(fields[5]) or 0
+  event.usage.piece_prompt_tokens = tonumber(fields[6]) or 0
+  event.usage.piece_completion_tokens = tonumber(fields[7]) or 0
   event.timings.queue_seconds = ((tonumber(fields[4]) or now) - tonumber(fields[3])) / 1000
   if fields[4] then
     event.timings.total_seconds = (now - tonumber(fields[4])) / 1000
@@ -184,11 +286,11 @@ local function end_cancelled(id, template, now)
 end
 
 -- Somebody does not want the answer any more. Answers the state before, or false. `template` is a Finished event to fill in.
--- A queued request ends here; a running one is ended by its worker, which hears of it now on its control channel, or with its
+-- A queued request ends here, and so does a document that waits for its pieces, with all of them; a running one is ended by its worker, which hears of it now on its control channel, or with its
 -- next emit or renewal if that message is lost.
-local function cancel_request(id, template)
+function cancel_request(id, template)
   local fields = redis.call('HMGET', request_key(id), 'state', 'worker')
-  if fields[1] == 'queued' then
+  if fields[1] == 'queued' or fields[1] == 'waiting' then
     end_cancelled(id, template, now_ms())
   elseif fields[1] == 'running' then
     redis.call('HSET', request_key(id), 'cancel', 1)

@@ -1,0 +1,39 @@
+-- A worker has cut a document into pieces: they enter the queue, and the document waits for them without a worker.
+-- ARGV: id, attempt, level of the pieces (1: of the text itself), their priority, then the request of each
+-- Answers {1}, {0} if this attempt did so before (a retry whose first answer was lost), {-1} if fenced, {-2} if a cancellation is asked for,
+--         {-3, id} if a piece's id is taken by another request.
+
+local id, attempt, level, priority = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local key = request_key(id)
+local fields = redis.call('HMGET', key, 'state', 'attempt', 'cancel', 'levels', 'model', 'tenant', 'retention', 'worker', 'deadline')
+local levels = fields[4] or ''
+local _, num_levels = string.gsub(levels, '%d+', '')
+if fields[2] == attempt and fields[1] == 'waiting' and num_levels == level then
+  return {0}
+elseif fields[2] ~= attempt or fields[1] ~= 'running' or num_levels ~= level - 1 then
+  return {-1}
+elseif fields[3] then
+  return {-2}
+end
+local total = #ARGV - 4
+for number = 1, total do
+  local piece = piece_id(id, level, number)
+  if redis.call('EXISTS', request_key(piece)) == 1 then
+    return {-3, piece}
+  end
+end
+for number = 1, total do
+  local piece = piece_id(id, level, number)
+  create_request(piece, '', fields[5], fields[6], priority, ARGV[4 + number], fields[7])
+  redis.call('HSET', request_key(piece), 'document', id)
+  if fields[9] then
+    redis.call('HSET', request_key(piece), 'deadline', fields[9])
+  end
+end
+redis.call('HSET', key, 'state', 'waiting', 'worker', '', 'levels', levels == '' and total or levels .. ',' .. total, 'left', total)
+redis.call('ZREM', leases_key, id)
+redis.call('SREM', running_key(fields[8]), id)
+append_progress(id, level, 0, total)
+call_workers()
+publish_pushes()
+return {1}
