@@ -206,6 +206,23 @@ def test_status_is_live_at_a_terminal(road_environ):
     assert "ready" in shown
 
 
+def test_top_prints_once_in_a_pipe(glmq: Glmq, road, road_client):
+    road_client.chat("你好", sampling={"max_new_tokens": 12, "min_new_tokens": 12}).result(30)
+    time.sleep(1)
+
+    shown = glmq("top")
+
+    assert shown.returncode == 0, shown.stderr
+    for name in ("queued", "tokens/s", "first token", "between tokens", "KV cache", "ready"):
+        assert name in shown.stdout
+    assert " ms, p95 " in shown.stdout
+
+
+def test_top_is_live_at_a_terminal(road_environ):
+    shown = at_a_terminal(["top", "--interval", "0.2"], road_environ, until="ready")
+    assert "tokens/s" in shown
+
+
 def test_doctor_finds_this_machine_in_order(glmq: Glmq, checkpoint: Path):
     looked = glmq("doctor", "--checkpoint", str(checkpoint))
 
