@@ -21,7 +21,6 @@ import torch
 from workers.models.kernels import weight_packing
 from workers.models.kernels.cuda_driver import build_all
 from workers.models.kernels.cuda_linear import (
-    BARRIER_BYTES,
     MAX_SHARED_BYTES,
     GroupPlan,
     Launch,
@@ -73,7 +72,7 @@ def candidates(weight_format: str, rows: int, in_features: int) -> list[Plan]:
             if (
                 chunks // split % prefetch == 0
                 and registers * groups * 128 <= 65536
-                and (shared_bytes(plan) + BARRIER_BYTES) * plan.min_blocks <= MAX_SHARED_BYTES
+                and shared_bytes(plan) * plan.min_blocks <= MAX_SHARED_BYTES
             ):
                 plans.append(plan)
     return plans

@@ -24,7 +24,7 @@ import torch
 
 SOURCE_FOLDER: Final = Path(__file__).parent / "cuda"
 
-_STRUCT_CODES: Final = {"p": "P", "i": "i", "l": "q", "f": "f", "m": "128s"}
+_STRUCT_CODES: Final = {"p": "P", "i": "i", "l": "q", "f": "f"}
 _PARAM_BUFFER_POINTER, _PARAM_BUFFER_SIZE, _PARAM_END = 1, 2, 0
 _PROGRAMMATIC_STREAM_SERIALIZATION: Final = 6
 _MAX_DYNAMIC_SHARED_SIZE_BYTES: Final = 8
@@ -167,8 +167,7 @@ def compile_source(source: str, defines: dict[str, int | str], arch: str) -> byt
 class Kernel:
     """One function of `cuda/<source>`, built with these macros on its first use.
 
-    arguments: one letter each: p (pointer), i (int32), l (int64), f (float), m (tensor map; only as the first one, where it is
-    aligned). shared_bytes: dynamic shared memory.
+    arguments: one letter each: p (pointer), i (int32), l (int64), f (float). shared_bytes: dynamic shared memory.
     """
 
     source: str
@@ -212,7 +211,7 @@ class Kernel:
     def launch(
         self,
         grid: Sequence[int],
-        *arguments: torch.Tensor | int | float | bytes | None,
+        *arguments: torch.Tensor | int | float | None,
         is_dependent: bool = False,
     ) -> None:
         """Puts one run into the current stream. Tensors pass their address; None passes a null pointer.
@@ -267,36 +266,6 @@ class _Packed:
         self.config.grid[:] = (1, 1, 1)
         self.config.block[:] = (num_threads, 1, 1)
         self.config_pointer = ctypes.byref(self.config)
-
-
-_FLOAT16: Final = 6
-_SWIZZLE_128_BYTES: Final = 3
-_PROMOTE_TO_256_BYTES: Final = 3
-
-
-def row_tile_map(matrix: torch.Tensor, box_rows: int, box_columns: int) -> bytes:
-    """The copy engine's description of an fp16 matrix [R, C], contiguous, that is copied in swizzled boxes of this size, of
-    which 128 bytes are a row. Rows past the end read as zeros. Hopper.
-    """
-    rows, columns = matrix.shape
-    encoded = (ctypes.c_uint64 * 16)()
-    # Innermost dimension first.
-    code = _driver().cuTensorMapEncodeTiled(
-        ctypes.byref(encoded),
-        _FLOAT16,
-        2,
-        ctypes.c_void_p(matrix.data_ptr()),
-        (ctypes.c_uint64 * 2)(columns, rows),
-        (ctypes.c_uint64 * 1)(columns * 2),
-        (ctypes.c_uint32 * 2)(box_columns, box_rows),
-        (ctypes.c_uint32 * 2)(1, 1),
-        0,
-        _SWIZZLE_128_BYTES,
-        _PROMOTE_TO_256_BYTES,
-        0,
-    )
-    _check(code, f"a tensor map of a {rows} x {columns} matrix")
-    return bytes(encoded)
 
 
 def build_all(kernels: Iterable[Kernel], device: torch.device) -> None:

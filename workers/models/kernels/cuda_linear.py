@@ -13,9 +13,8 @@ from typing import Final, Literal
 import torch
 
 from workers.models.kernels import weight_packing
-from workers.models.kernels.cuda_driver import Kernel, row_tile_map
+from workers.models.kernels.cuda_driver import Kernel
 from workers.models.kernels.cuda_ops import run_dequantize, run_rows
-from workers.models.kernels.weight_packing import TILE_INPUTS
 from workers.models.quantization import Bits, quantize
 
 Format = Literal["INT4", "INT8", "E4M3", "F16"]
@@ -86,7 +85,7 @@ def linear_kernel(
         }
         return Kernel("linear.cu", "linear", "pppppi", defines, plan.split * 32, shared_bytes(plan))
     defines |= {"BATCH": plan.batch, "TALL": plan.tall, "GROUPS": plan.groups}
-    return Kernel("linear_wgmma.cu", "linear", "mppppi", defines, 128 * plan.groups, shared_bytes(plan))
+    return Kernel("linear_wgmma.cu", "linear", "pppppi", defines, 128 * plan.groups, shared_bytes(plan))
 
 
 def linear_grid(plan: Plan, out_features: int) -> tuple[int, ...]:
@@ -99,7 +98,6 @@ def linear_grid(plan: Plan, out_features: int) -> tuple[int, ...]:
 class Launch:
     """A build with the grid that it runs in, for one shape and up to so many rows."""
 
-    plan: Plan
     kernel: Kernel
     grid: tuple[int, ...]
 
@@ -115,7 +113,7 @@ class Launch:
         has_gelu: bool,
     ) -> Launch:
         kernel = linear_kernel(plan, weight_format, out_features, in_features, has_bias, has_gelu)
-        return cls(plan, kernel, linear_grid(plan, out_features))
+        return cls(kernel, linear_grid(plan, out_features))
 
     def run(
         self,
@@ -128,11 +126,7 @@ class Launch:
         is_dependent: bool = False,
     ) -> None:
         """out[M, N] = x[M, K] weight^T * scales + bias. x, bias, out: fp16; scales: float32; contiguous."""
-        if isinstance(self.plan, GroupPlan):
-            tiles = row_tile_map(x, self.plan.batch, TILE_INPUTS)
-            self.kernel.launch(self.grid, tiles, weight, scales, bias, out, len(x), is_dependent=is_dependent)
-        else:
-            self.kernel.launch(self.grid, weight, scales, bias, x, out, len(x), is_dependent=is_dependent)
+        self.kernel.launch(self.grid, weight, scales, bias, x, out, len(x), is_dependent=is_dependent)
 
 
 # --- which build for which batch -------------------------------------------------------------------------------------
@@ -144,29 +138,32 @@ _PLANS: Final[dict[tuple[Format, Shape], tuple[tuple[int, Plan], ...]]] = {
     ("INT4", "tall"): (
         (8, WarpPlan(1, 2, 8, 2)),
         (16, WarpPlan(2, 2, 8, 2)),
+        (24, WarpPlan(3, 2, 4, 2)),
         (32, GroupPlan(32, 1, 2, 4, 4, 2)),
-        (48, GroupPlan(48, 1, 2, 4, 4, 2)),
+        (48, GroupPlan(48, 1, 2, 4, 6, 2)),
         (64, GroupPlan(64, 1, 2, 4, 4, 2)),
-        (96, GroupPlan(96, 1, 1, 4, 6, 1)),
+        (96, GroupPlan(96, 1, 2, 4, 4, 2)),
         (128, GroupPlan(128, 1, 1, 4, 6, 1)),
     ),
     ("INT4", "square"): (
         (8, WarpPlan(1, 2, 16, 4)),
         (16, WarpPlan(2, 2, 16, 2)),
+        (24, GroupPlan(24, 1, 8, 4, 6, 2)),
         (32, WarpPlan(4, 2, 8, 4, 2)),
         (48, WarpPlan(6, 2, 8, 4, 2)),
         (64, WarpPlan(8, 2, 8, 4, 2)),
-        (96, GroupPlan(96, 1, 2, 4, 6, 1)),
-        (128, GroupPlan(128, 1, 2, 4, 6, 1)),
+        (96, GroupPlan(96, 1, 4, 4, 6, 1, 3)),
+        (128, GroupPlan(128, 1, 4, 4, 6, 1, 3)),
     ),
     ("INT4", "wide"): (
         (8, WarpPlan(1, 1, 16, 2)),
         (16, WarpPlan(2, 2, 16, 8)),
-        (32, GroupPlan(32, 1, 8, 2, 6, 2)),
-        (48, GroupPlan(48, 1, 8, 2, 6, 2)),
+        (24, GroupPlan(24, 1, 8, 4, 4, 2)),
+        (32, WarpPlan(4, 2, 8, 4, 2)),
+        (48, WarpPlan(6, 2, 8, 4, 4)),
         (64, WarpPlan(8, 2, 8, 4, 2)),
-        (96, GroupPlan(96, 1, 2, 4, 6, 1)),
-        (128, GroupPlan(128, 1, 2, 4, 6, 1)),
+        (96, GroupPlan(96, 1, 4, 4, 6, 1, 3)),
+        (128, GroupPlan(128, 1, 4, 4, 6, 1, 3)),
     ),
     ("INT8", "tall"): (
         (8, WarpPlan(1, 1, 8, 2)),
@@ -226,10 +223,6 @@ def shared_bytes(plan: Plan) -> int:
         return plan.split * max(ring, plan.row_tiles * plan.batch_tiles * 512)
     ring = plan.stages * (-(-plan.batch * 128 // 1024) * 1024)
     return max(ring, plan.batch * (plan.num_rows + 4) * 4)
-
-
-BARRIER_BYTES: Final = 1024
-"""Shared memory that a block of `linear_wgmma.cu` has beside that."""
 
 
 @functools.cache
