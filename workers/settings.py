@@ -16,12 +16,13 @@ from typing import Any, Literal, Self, get_args
 from producer.contract import InvalidRequest, InvalidSetting
 from producer.contract.control import check_adapter_name
 from producer.settings import Settings
-from workers.engine.config import ActivationsSetting, DtypeSetting, QuantizeSetting
+from workers.engine.config import ActivationsSetting, CacheSetting, DtypeSetting, QuantizeSetting
 from workers.logs import FORMS, LEVELS, Form
 
 DEMO_CHECKPOINT = Path(__file__).parent / "models" / "demo"
 DTYPES: tuple[DtypeSetting, ...] = get_args(DtypeSetting)
 QUANTIZE: tuple[QuantizeSetting, ...] = get_args(QuantizeSetting)
+CACHE_DTYPES: tuple[CacheSetting, ...] = get_args(CacheSetting)
 ACTIVATIONS: tuple[ActivationsSetting, ...] = get_args(ActivationsSetting)
 Backend = Literal["native", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -60,6 +61,8 @@ class WorkerSettings:
     """Tokens of prompt and answer together; None: the checkpoint's."""
     cache_gib: float | None = None
     """Memory for the KV cache; None: the engine decides."""
+    cache_dtype: CacheSetting = "auto"
+    """Of the KV cache: auto is the computation's, int8 has room for twice the tokens (GPU only)."""
     num_threads: int | None = None
     """CPU threads of the engine; None: torch decides."""
     adapters: tuple[tuple[str, Path], ...] = ()
@@ -174,6 +177,12 @@ class WorkerSettings:
             raise InvalidSetting(
                 "GLMQ_QUANTIZE", f"{self.quantize!r} is no form", f"Use one of {', '.join(QUANTIZE)}."
             )
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise InvalidSetting(
+                "GLMQ_CACHE_DTYPE",
+                f"{self.cache_dtype!r} is unknown",
+                f"Use one of {', '.join(CACHE_DTYPES)}.",
+            )
         if self.activations not in ACTIVATIONS:
             raise InvalidSetting(
                 "GLMQ_ACTIVATIONS",
@@ -276,6 +285,7 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "slots": ("GLMQ_SLOTS", int),
     "context_len": ("GLMQ_CONTEXT", int),
     "cache_gib": ("GLMQ_CACHE_GIB", float),
+    "cache_dtype": ("GLMQ_CACHE_DTYPE", str),
     "num_threads": ("GLMQ_THREADS", int),
     "adapters": ("GLMQ_ADAPTERS", _listed_folders),
     "adapters_dir": ("GLMQ_ADAPTERS_DIR", Path),

@@ -51,6 +51,7 @@ from workers.running import RELEASED, RunningRequest, RunningRequests
 from workers.settings import (
     ACTIVATIONS,
     BACKENDS,
+    CACHE_DTYPES,
     DTYPES,
     QUANTIZE,
     Backend,
@@ -519,6 +520,7 @@ def engine_config(settings: WorkerSettings, adapters: ServedAdapters, *, is_firs
         activations=settings.activations,
         max_num_seqs=settings.slots,
         cache_gib=settings.cache_gib,
+        cache_dtype=settings.cache_dtype,
         context_len=settings.context_len,
         num_threads=settings.num_threads,
         adapters=loaded,
@@ -574,7 +576,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quantize",
         choices=QUANTIZE,
-        help="linear layers of an fp16 checkpoint to int8 or int4 while loading (faster: glmq quantize, once)",
+        help="linear layers of an fp16 checkpoint to int8, int4 or (GPU) fp8 while loading (faster: glmq quantize, once)",
     )
     parser.add_argument(
         "--quantize-head", action="store_true", default=None, help="the head to int8 while loading"
@@ -600,6 +602,9 @@ def _parser() -> argparse.ArgumentParser:
         "--context", type=int, dest="context_len", metavar="TOKENS", help="prompt and answer together"
     )
     parser.add_argument("--cache-gib", type=float, metavar="GIB", help="memory for the KV cache")
+    parser.add_argument(
+        "--cache-dtype", choices=CACHE_DTYPES, help="int8: twice the tokens in the KV cache (GPU only)"
+    )
     parser.add_argument(
         "--adapter",
         action="append",
