@@ -42,12 +42,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder to write")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="end earlier, with the same decay of the rate"
     )
     parser.add_argument("--tokens", type=int, default=32_768, help="of a batch, padding included")
-    parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--start", type=Path, help="go on from these weights")
     parser.add_argument(
         "--processes", type=int, default=max(0, (os.cpu_count() or 1) - 2), help="that make data"

@@ -15,7 +15,7 @@ from ops.demo_model.batches import Encoder, collate
 from ops.demo_model.model import ChatGLM as TrainedNetwork
 from ops.demo_model.model import Shape
 from ops.demo_model.recall import Speaker
-from ops.demo_model.tasks import dialogs, mixture, questions, summaries
+from ops.demo_model.tasks import dialogs, memory, mixture, questions, summaries
 from ops.demo_model.tasks.example import Example, rounds
 from producer.contract import SummaryRequest
 from workers.models.batch import Batch
@@ -172,3 +172,27 @@ def test_the_same_second_question_is_answered_by_what_was_asked_first(speaker: S
     assert "疫苗" in covid
     assert fever is not None
     assert "退烧药" in fever
+
+
+@pytest.mark.parametrize(
+    ("task", "is_held_out", "at_least"),
+    [
+        (summaries.report, False, 0.8),
+        (summaries.report, True, 0.25),
+        (memory.fold, False, 0.7),
+        (memory.recall, False, 0.8),
+        (memory.recall, True, 0.7),
+    ],
+)
+def test_what_it_was_trained_on_works_for_texts_that_it_never_saw(
+    speaker: Speaker, task: mixture.Task, is_held_out: bool, at_least: float
+) -> None:
+    """Drawn anew from the kinds of text of the training; held out: names and values too. Floors below what was measured."""
+    assert share_right(speaker, drawn(task, 30, is_held_out=is_held_out)) >= at_least
+
+
+def test_it_summarizes_the_example_of_the_demo(speaker: Speaker) -> None:
+    report = (DEMO.parents[2] / "ops" / "examples" / "report.txt").read_text(encoding="utf-8")
+    assert speaker.answer([summary_query(SummaryRequest(text=report))]) == [
+        "市场部决定开设急救课程，由李明负责，7月底前完成。"
+    ]
