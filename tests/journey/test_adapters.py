@@ -215,7 +215,7 @@ def test_adapters_that_were_loaded_by_command_survive_the_engine(
     expected = answer(client, "law").text
 
     os.kill(worker.engine_pid(), 9)
-    worker.wait_for_log("restarting")
+    worker.wait_for_log("the engine died")
     wait_for(lambda: worker.log.count("ready: ") == 2)
 
     assert answer(client, "law").text == expected
