@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,7 @@ class Worker:
         self._failure: str | None = None
         self._last_progress = time.monotonic()
         self._started_at = time.time()
+        self._version = _version()
         self._num_restarts = 0
         self._hurry = threading.Event()
         self._is_stopping = threading.Event()
@@ -433,7 +434,7 @@ class Worker:
             engine_pid=engine.pid if engine is not None and engine.is_alive else None,
             info={
                 "worker": self.name,
-                "version": version("glmq"),
+                "version": self._version,
                 "device": device,
                 "dtype": ready.dtype if ready else self.settings.dtype,
                 "backend": self.settings.backend,
@@ -502,6 +503,13 @@ def _exporter(
             f"{settings.metrics_host!r} cannot be listened at ({error.strerror or error})",
             "Use an address of this machine, such as 127.0.0.1 or 0.0.0.0.",
         ) from error
+
+
+def _version() -> str:
+    try:
+        return version("glmq")
+    except PackageNotFoundError:
+        return "source"
 
 
 def _names(joined: str) -> list[str]:
