@@ -329,7 +329,8 @@ class Claims:
             self._publisher.end(running, RELEASED)
             return
         request = decode_request(claim.request)
-        running.tenant, running.kind, running.adapter = request.tenant, request.kind, request.adapter
+        running.tenant, running.adapter = request.tenant, request.adapter
+        running.kind = "piece" if claim.is_piece else "document" if claim.pieces.levels else request.kind
         prompt = self._prompt_of(request, running, claim, prompts)
         running.prompt_len = len(prompt.ids)
         running.max_new_tokens = prompt.sampling.max_new_tokens

@@ -76,8 +76,8 @@ FAILURES: Final = ("deadline_exceeded", "internal_error")
 STATES: Final = ("loading", "ready", "draining")
 _FINISHED_REASONS: Final = {"stop": "stop", "length": "length", "cancelled": "abort", "failed": "error"}
 """Ours to vLLM's."""
-_BACKGROUND: Final = frozenset({"fold"})
-"""Kinds for which nobody waits: they count as work, not as somebody's latency."""
+_BACKGROUND: Final = frozenset({"fold", "piece", "document"})
+"""Kinds that nobody waits for, or that take as long as the text is: they count as work, not as somebody's latency."""
 _IDENTITY: Final = ("model_name", "engine")
 
 
@@ -266,7 +266,7 @@ class Metrics:
         """A request is this worker's."""
         self._claims.inc()
         self._started.labels(*self._task(running)).inc()
-        if running.attempt > 1:
+        if running.num_tries > 1:
             self._takeovers.inc()
 
     def on_step(

@@ -90,6 +90,11 @@ class RunningRequest:
         return self.sequence_id > 0
 
     @property
+    def num_tries(self) -> int:
+        """Attempts, without those that only made pieces."""
+        return self.attempt - len(self.pieces.levels)
+
+    @property
     def text(self) -> str:
         return "".join(self.texts)
 
@@ -113,7 +118,7 @@ class RunningRequest:
                 first_token_seconds=self.seconds_before + (self.first_token or now) - self.claimed,
                 total_seconds=self.seconds_before + now - self.claimed,
             ),
-            attempts=self.attempt,
+            attempts=self.num_tries,
         )
 
     def _usage(self) -> Usage:

@@ -65,10 +65,10 @@ def _join(sized: Sequence[tuple[str, int]], count: CountTokens, target: int, lim
     pieces: list[str] = []
     piece, piece_size = "", 0
     num_seams = 0
-    """Joins since the piece was counted as a whole: each may have made its tokens one more or less than the sum."""
+    """Joins since the piece was counted as a whole: each may have made its tokens one more than the sum, or fewer."""
     for unit, size in sized:
         joined_size = piece_size + size
-        if piece_size < target and joined_size <= limit + num_seams and joined_size + num_seams >= limit:
+        if piece and piece_size < target and joined_size + num_seams >= limit:
             joined_size, num_seams = count(piece + unit), -1
         if piece and (piece_size >= target or joined_size > limit):
             pieces.append(piece)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from producer.client import Client
-from producer.contract import Failed, Finished, Request, RequestFailed, Token, Usage
+from producer.contract import Event, Failed, Finished, Request, RequestFailed, Token, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Answer:
         usage = self.finished.usage
         return (
             f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, first after {self.first_token_seconds * 1e3:.0f} ms, "
-            f"then {self.tokens_per_second:.0f} tokens/s ({self.finished.reason}){_memory(usage)}"
+            f"then {self.tokens_per_second:.0f} tokens/s ({self.finished.reason}){_memory(usage)}{_pieces(usage)}"
         )
 
 
@@ -41,10 +42,20 @@ def _memory(usage: Usage) -> str:
     return f"{text}; {usage.left_out_turns} turns left out" if usage.left_out_turns else text
 
 
-def stream_answer(client: Client, request: Request) -> Answer:
+def _pieces(usage: Usage) -> str:
+    """What a text took that was too long for the context."""
+    if not usage.pieces:
+        return ""
+    tokens = f"{usage.piece_prompt_tokens} + {usage.piece_completion_tokens} tokens"
+    return f"; before that {usage.pieces} pieces with {tokens}"
+
+
+def stream_answer(
+    client: Client, request: Request, on_event: Callable[[Event], None] = lambda _: None
+) -> Answer:
     """Submits, prints the text as it comes, ends the line. Ctrl-C cancels the answer and returns what came until then.
 
-    Raises RequestFailed if there is no answer.
+    on_event: is told of each event before anything of it is printed. Raises RequestFailed if there is no answer.
     """
     begin = time.perf_counter()
     first: float | None = None
@@ -53,6 +64,7 @@ def stream_answer(client: Client, request: Request) -> Answer:
     while True:
         try:
             for event in client.stream(request_id, after=index):
+                on_event(event)
                 match event:
                     case Token():
                         first = first or time.perf_counter() - begin

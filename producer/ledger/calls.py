@@ -376,6 +376,8 @@ class Claim:
     age_seconds: float = 0.0
     """Since submit."""
     pieces: Pieces = Pieces()
+    is_piece: bool = False
+    """Of a document."""
 
 
 def claim(model: str, worker: str, lease_seconds: float) -> Call[Claim | None]:
@@ -384,7 +386,7 @@ def claim(model: str, worker: str, lease_seconds: float) -> Call[Claim | None]:
     def parse(answer: list[Any]) -> Claim | None:
         if answer[0] == 0:
             return None
-        _, request_id, attempt, request, waited, left, items, age, (levels, *counts) = answer
+        _, request_id, attempt, request, waited, left, items, age, (levels, *counts, document) = answer
         tokens = [event for _, data in _entries(items) if isinstance(event := decode_event(data), Token)]
         return Claim(
             request_id,
@@ -399,6 +401,7 @@ def claim(model: str, worker: str, lease_seconds: float) -> Call[Claim | None]:
                 tuple(int(number) for number in (levels or "").split(",") if number),
                 *(int(count or 0) for count in counts),
             ),
+            document is not None,
         )
 
     return Call(

@@ -261,7 +261,7 @@ end
 -- A request ends cancelled while no worker has it: the answer is what its stream has. `template` is a Finished event to fill in.
 local function end_cancelled(id, template, now)
   local fields = redis.call('HMGET', request_key(id), 'attempt', 'count', 'submitted', 'claimed', 'pieces', 'piece_prompt_tokens',
-    'piece_completion_tokens')
+    'piece_completion_tokens', 'levels')
   local event = cjson.decode(template)
   local texts = {}
   for _, item in ipairs(redis.call('XRANGE', events_key(id), '-', '+')) do
@@ -273,7 +273,8 @@ local function end_cancelled(id, template, now)
     end
   end
   event.text = table.concat(texts)
-  event.attempts = tonumber(fields[1])
+  local _, num_levels = string.gsub(fields[8] or '', '%d+', '')
+  event.attempts = tonumber(fields[1]) - num_levels
   event.usage.completion_tokens = tonumber(fields[2])
   event.usage.pieces = tonumber(fields[5]) or 0
   event.usage.piece_prompt_tokens = tonumber(fields[6]) or 0
