@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,7 +66,8 @@ class Deployment:
 
 @contextmanager
 def deployment(num_workers: int, *options: str) -> Iterator[Deployment]:
-    """A server and so many ready workers, `python -m workers` with these options."""
+    """A server and so many ready workers, `python -m workers` with these options. SIGTERM ends the program, and them."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with (
         tempfile.TemporaryDirectory(prefix="glmq-bench-") as folder,
         EmbeddedServer.start(Path(folder)) as server,
