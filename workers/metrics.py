@@ -121,11 +121,15 @@ class WorkerState:
 class Metrics:
     """Counts what one worker does. Methods may be called from any thread."""
 
-    def __init__(self, *, model: str, engine: str = "0", queue_name: str = "") -> None:
-        """model: the name under which requests ask for it. engine: index of the GPU, or of the worker on its machine."""
+    def __init__(
+        self, *, model: str, engine: str = "0", namespace: str = "glmq", queue_name: str = ""
+    ) -> None:
+        """model: the name under which requests ask for it. engine: index of the GPU, or of the worker on its machine.
+        namespace: of the deployment."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._identity = (model, engine)
+        self._namespace = namespace
         self._queue_name = queue_name
         self._hostname = socket.gethostname()
         self._tenants = BusiestNames(MAX_TENANTS)
@@ -458,8 +462,8 @@ class Metrics:
                 backlog.memory_max_bytes,
             ),
         ):
-            gauge = GaugeMetricFamily(name, text, labels=("model_name",))
-            gauge.add_metric((model,), value)
+            gauge = GaugeMetricFamily(name, text, labels=("namespace",))
+            gauge.add_metric((self._namespace,), value)
             yield gauge
         rejected = CounterMetricFamily(
             "glmq_admission_rejected",

@@ -87,6 +87,7 @@ class Worker:
         self._metrics = Metrics(
             model=settings.model,
             engine=str(settings.engine_index),
+            namespace=settings.queue.namespace,
             queue_name=keys.celery_queue(settings.model),
         )
         self._publisher = Publisher(

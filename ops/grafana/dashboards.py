@@ -50,17 +50,22 @@ def quantiles(metric: str, by: str = "le", labels: str = MODEL) -> list[tuple[st
     ]
 
 
-def of_deployment(metric: str, by: str = "model_name", labels: str = MODEL) -> str:
-    """A figure that every worker tells alike."""
-    return f"max by ({by}) ({metric}{{{labels}}})"
+def of_queue(metric: str) -> str:
+    """A figure of a model's queue, by priority, that every worker of the model tells alike."""
+    return f"max by (model_name, priority) ({metric}{{{MODEL}}})"
+
+
+def of_deployment(metric: str) -> str:
+    """A figure that every worker of a deployment tells alike."""
+    return f"max by (namespace) ({metric})"
 
 
 def rate(metric: str, by: str, labels: str = MODEL) -> str:
     return f"sum by ({by}) (rate({metric}{{{labels}}}[{RATE}]))"
 
 
-QUEUED = f"sum({of_deployment('glmq_queue_length', 'model_name, priority')})"
-OLDEST = f"max({of_deployment('glmq_queue_oldest_seconds', 'model_name, priority')})"
+QUEUED = f"sum({of_queue('glmq_queue_length')})"
+OLDEST = f"max({of_queue('glmq_queue_oldest_seconds')})"
 
 USERS = [
     Row(
@@ -142,13 +147,13 @@ USERS = [
         [
             Panel(
                 "Requests in the queue, by priority",
-                [(of_deployment("glmq_queue_length", "priority"), "priority {{priority}}")],
+                [(f"sum by (priority) ({of_queue('glmq_queue_length')})", "priority {{priority}}")],
                 text="0 is the most urgent.",
                 stacked=True,
             ),
             Panel(
                 "Longest wait, by priority",
-                [(of_deployment("glmq_queue_oldest_seconds", "priority"), "priority {{priority}}")],
+                [(f"max by (priority) ({of_queue('glmq_queue_oldest_seconds')})", "priority {{priority}}")],
                 "s",
             ),
             Panel(
@@ -186,7 +191,12 @@ USERS = [
             ),
             Panel(
                 "Refused at the door, or expired in the queue",
-                [(f"max by (reason) (rate(glmq_admission_rejected_total{{{MODEL}}}[{RATE}]))", "{{reason}}")],
+                [
+                    (
+                        f"sum by (reason) (max by (model_name, reason) (rate(glmq_admission_rejected_total{{{MODEL}}}[{RATE}])))",
+                        "{{reason}}",
+                    )
+                ],
                 "reqps",
                 stacked=True,
             ),
@@ -224,7 +234,7 @@ USERS = [
     Row(
         "Conversations",
         [
-            Panel("Conversations that are kept", [(of_deployment("glmq_conversations"), "{{model_name}}")]),
+            Panel("Conversations that are kept", [(of_deployment("glmq_conversations"), "{{namespace}}")]),
             Panel(
                 "Turns that a prompt lacked, p90",
                 [

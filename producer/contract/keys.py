@@ -23,7 +23,7 @@ key                                     type       content and lifetime
 {ns}:turns:C                            list       its finished turns, oldest first: `ArchivedTurn` (JSON); same lifetime
 {ns}:conversations                      zset       names of conversations by the time (ms) at which they expire (+inf
                                                    while an answer is in progress); pruned when read or written
-{ns}:rejected                           hash       reason → submissions refused at the door; no expiry
+{ns}:rejected:<model>                   hash       reason → submissions refused at the door or expired in the queue; no expiry
 {ns}:dead                               zset       ids of requests that failed at too many attempts, by the time (ms)
 {ns}:push:<reader>                      channel    events of all requests that this reader process follows: lines of
                                                    R, id of the entry before, id of the entry, event; tabs between

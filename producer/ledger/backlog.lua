@@ -22,5 +22,5 @@ return {
   redis.call('ZCARD', dead_key),
   tonumber(string.match(info, 'used_memory:(%d+)')) or 0,
   tonumber(string.match(info, 'maxmemory:(%d+)')) or 0,
-  redis.call('HGETALL', rejected_key),
+  redis.call('HGETALL', rejected_key(ARGV[1])),
 }

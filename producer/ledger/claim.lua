@@ -22,7 +22,7 @@ for _ = 1, 100 do
   if fields[1] ~= 'queued' then
     redis.call('ZREM', queue_key(model), id)
   elseif deadline and deadline <= now then
-    count_rejected('deadline_exceeded')
+    count_rejected(model, 'deadline_exceeded')
     end_request(id, 'failed', too_late, now)
   else
     local attempt = tonumber(fields[2]) + 1

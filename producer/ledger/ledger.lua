@@ -14,7 +14,6 @@ local function conversation_key(name) return prefix .. 'conversation:' .. name e
 local function turns_key(name) return prefix .. 'turns:' .. name end
 local leases_key = prefix .. 'leases'
 local dead_key = prefix .. 'dead'
-local rejected_key = prefix .. 'rejected'
 local conversations_key = prefix .. 'conversations'
 local workers_key = prefix .. 'workers'
 
@@ -30,9 +29,10 @@ local function now_ms()
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 end
 
--- A submission is refused at the door.
-local function count_rejected(reason)
-  redis.call('HINCRBY', rejected_key, reason, 1)
+-- A submission is refused at the door, or has expired in the queue.
+local function rejected_key(model) return prefix .. 'rejected:' .. model end
+local function count_rejected(model, reason)
+  redis.call('HINCRBY', rejected_key(model), reason, 1)
 end
 
 -- Lines for each reader; a reader gets all of a script's lines in one message.

@@ -15,7 +15,7 @@ local function known_before(known_digest, known_id)
   if known_digest == digest then
     return {0, known_id}
   end
-  count_rejected('idempotency_conflict')
+  count_rejected(model, 'idempotency_conflict')
   return {-1, known_id}
 end
 
@@ -34,7 +34,7 @@ end
 if conversation ~= '' then
   local busy = redis.call('HGET', conversation_key(conversation), 'busy')
   if is_live(busy) then
-    count_rejected('conversation_busy')
+    count_rejected(model, 'conversation_busy')
     return {-2, busy}
   end
 end
