@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from producer.contract import (
     ChatRequest,
+    ConversationBusy,
     Event,
     Failed,
     Finished,
@@ -30,6 +31,7 @@ from producer.contract import (
     Timings,
     Token,
     Turn,
+    UnknownConversation,
     UnknownRequest,
     Usage,
 )
@@ -43,6 +45,7 @@ __all__ = [
     "AsyncSubmission",
     "ChatRequest",
     "Client",
+    "ConversationBusy",
     "Event",
     "Failed",
     "Finished",
@@ -63,6 +66,7 @@ __all__ = [
     "Timings",
     "Token",
     "Turn",
+    "UnknownConversation",
     "UnknownRequest",
     "Usage",
 ]
