@@ -18,7 +18,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -33,6 +32,7 @@ from redis.retry import Retry
 
 from producer.contract.errors import GlmqError, RedisUnavailable
 from producer.settings import Settings
+from producer.tether import tethered
 
 MIN_VERSION: Final = (6, 2)
 """The ledger's scripts need exclusive stream ranges."""
@@ -40,17 +40,6 @@ _START_SECONDS: Final = 20.0
 """A large append-only file takes a while to load."""
 _STOP_SECONDS: Final = 10.0
 _HOST: Final = "127.0.0.1"
-
-# Exec'd in the place of a plain server, so that the server gets SIGTERM when the thread dies that started it. Not with preexec_fn, which
-# runs Python between fork and exec: in a process with threads it can hang there.
-_LAUNCHER: Final = """
-import ctypes, os, signal, sys
-parent = int(sys.argv[1])
-ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
-if os.getppid() != parent:
-    sys.exit(0)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class NoServer(GlmqError):
@@ -296,9 +285,7 @@ def _start(state_dir: Path, binary: ServerBinary) -> EmbeddedServer:
 
 def _spawn(binary: ServerBinary, state_dir: Path) -> subprocess.Popen[bytes]:
     """Start the program from a thread that lives as long as the server: the death signal follows the thread, not the process."""
-    program = [str(binary.path), str(state_dir / "server.conf")]
-    if sys.platform == "linux":
-        program = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *program]
+    program = tethered([str(binary.path), str(state_dir / "server.conf")])
     started: list[subprocess.Popen[bytes] | OSError] = []
     is_started = threading.Event()
 
