@@ -13,6 +13,7 @@ from producer.client import Client
 from producer.contract import ChatRequest, Finished, SamplingParams, Token, Turn
 
 pytestmark = [
+    pytest.mark.timeout(300),
     pytest.mark.journey,
     pytest.mark.skipif(
         importlib.util.find_spec("transformers") is None, reason="the extra `reference` is not installed"

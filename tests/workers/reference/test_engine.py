@@ -23,9 +23,14 @@ from workers.engine.messages import (
     Step,
     UnloadAdapter,
 )
+from workers.models.loader import load_model
 from workers.models.tokenizer import Tokenizer
 
 REFERENCE = "workers.reference.process"
+READY_SECONDS = 100
+"""torch and transformers take their time to be imported on a busy machine."""
+
+pytestmark = pytest.mark.timeout(300)
 
 
 def engine_of(
@@ -63,7 +68,7 @@ def answer_of(engine: EngineClient, message: Generate) -> tuple[list[int], str]:
 @pytest.fixture(scope="module")
 def engine(checkpoint_with_code: Path) -> Iterator[EngineClient]:
     with engine_of(checkpoint_with_code) as engine:
-        ready = engine.wait_until_ready(60)
+        ready = engine.wait_until_ready(READY_SECONDS)
         assert (ready.device, ready.dtype, ready.context_len) == ("cpu", "float32", 512)
         yield engine
 
@@ -79,12 +84,27 @@ def prompts(checkpoint_with_code: Path) -> list[list[int]]:
     ]
 
 
+@pytest.fixture(scope="module")
+def golden_with_code(golden_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("golden") / "tiny"
+    shutil.copytree(golden_root / "chatglm-6b-tiny", folder, copy_function=shutil.copyfile)
+    add_code(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def golden_engine(golden_with_code: Path) -> Iterator[EngineClient]:
+    with engine_of(golden_with_code) as engine:
+        engine.wait_until_ready(READY_SECONDS)
+        yield engine
+
+
 def test_it_says_what_the_native_engine_says(
     engine: EngineClient, checkpoint_with_code: Path, prompts: list[list[int]]
 ) -> None:
     sampling = Sampling(max_new_tokens=24, seed=0, temperature=0)
     with engine_of(checkpoint_with_code, module=ENGINE_MODULE) as native:
-        native.wait_until_ready(60)
+        native.wait_until_ready(READY_SECONDS)
         for index, prompt_ids in enumerate(prompts):
             message = Generate(index, prompt_ids, sampling)
             assert answer_of(engine, message) == answer_of(native, message)
@@ -160,79 +180,69 @@ def test_code_of_the_checkpoint_does_not_run_unless_it_is_trusted(
         engine_of(folder, trust_remote_code=False) as engine,
         pytest.raises(EngineDied, match="trust-remote-code"),
     ):
-        engine.wait_until_ready(60)
-    with engine_of(folder, module=ENGINE_MODULE) as engine:
-        engine.wait_until_ready(60)
+        engine.wait_until_ready(READY_SECONDS)
+    load_model(folder)
     assert not trace.exists()
     with engine_of(folder) as engine:
-        engine.wait_until_ready(60)
+        engine.wait_until_ready(READY_SECONDS)
     assert trace.exists()
 
 
-def test_with_one_seed_it_draws_what_the_original_drew(golden_with_code: Path) -> None:
+def test_with_one_seed_it_draws_what_the_original_drew(
+    golden_engine: EngineClient, golden_with_code: Path
+) -> None:
     golden = json.loads((golden_with_code / "golden_model.json").read_text())
-    with engine_of(golden_with_code) as engine:
-        engine.wait_until_ready(60)
-        for index, drawn in enumerate(golden["sampled"]):
-            sampling = Sampling(
-                max_new_tokens=len(drawn["new_ids"]),
-                seed=drawn["torch_manual_seed"],
-                **{name: drawn[name] for name in ("temperature", "top_p", "top_k")},
-            )
-            prompt_ids = golden["prompts"][drawn["prompt"]]["input_ids"]
-            assert answer_of(engine, Generate(index, prompt_ids, sampling))[0] == drawn["new_ids"]
+    for index, drawn in enumerate(golden["sampled"]):
+        sampling = Sampling(
+            max_new_tokens=len(drawn["new_ids"]),
+            seed=drawn["torch_manual_seed"],
+            **{name: drawn[name] for name in ("temperature", "top_p", "top_k")},
+        )
+        prompt_ids = golden["prompts"][drawn["prompt"]]["input_ids"]
+        assert answer_of(golden_engine, Generate(index, prompt_ids, sampling))[0] == drawn["new_ids"]
 
 
-@pytest.fixture(scope="module")
-def golden_with_code(golden_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("golden") / "tiny"
-    shutil.copytree(golden_root / "chatglm-6b-tiny", folder, copy_function=shutil.copyfile)
-    add_code(folder)
-    return folder
-
-
-def test_adapters_come_and_go_between_answers(golden_with_code: Path) -> None:
+def test_adapters_come_and_go_between_answers(golden_engine: EngineClient, golden_with_code: Path) -> None:
     golden = json.loads((golden_with_code / "golden_model.json").read_text())
     prompt = golden["prompts"][0]
     sampling = Sampling(max_new_tokens=len(prompt["greedy_new_ids"]), seed=0, temperature=0)
     adapter = str(golden_with_code / "lora")
-    with engine_of(golden_with_code) as engine:
-        engine.wait_until_ready(60)
+    engine = golden_engine
 
-        def answer(sequence_id: int, adapter: str | None = None) -> list[int]:
-            return answer_of(engine, Generate(sequence_id, prompt["input_ids"], sampling, adapter=adapter))[0]
+    def answer(sequence_id: int, adapter: str | None = None) -> list[int]:
+        return answer_of(engine, Generate(sequence_id, prompt["input_ids"], sampling, adapter=adapter))[0]
 
-        assert answer(1) == prompt["greedy_new_ids"]
-        engine.send(LoadAdapter("doctor", adapter, command_id="a"))
-        assert engine.receive(30) == AdaptersChanged(known=["doctor"], loaded=["doctor"], command_id="a")
-        with_adapter = answer(2, "doctor")
-        assert with_adapter != prompt["greedy_new_ids"]
-        assert answer(3) == prompt["greedy_new_ids"]
-        assert answer(4, "doctor") == with_adapter
-        engine.send(LoadAdapter("doctor", str(golden_with_code), command_id="b"))
-        changed = engine.receive(30)
-        assert isinstance(changed, AdaptersChanged)
-        assert "adapter_config.json" in changed.problem
-        assert answer(5, "doctor") == with_adapter
-        engine.send(UnloadAdapter("doctor", command_id="c"))
-        assert engine.receive(30) == AdaptersChanged(known=[], loaded=[], command_id="c")
-        engine.send(Generate(6, prompt["input_ids"], sampling, adapter="doctor"))
-        refused = engine.receive(30)
-        assert isinstance(refused, Refused)
-        assert refused.code == "unknown_adapter"
-        assert answer(7) == prompt["greedy_new_ids"]
+    assert answer(1) == prompt["greedy_new_ids"]
+    engine.send(LoadAdapter("doctor", adapter, command_id="a"))
+    assert engine.receive(30) == AdaptersChanged(known=["doctor"], loaded=["doctor"], command_id="a")
+    with_adapter = answer(2, "doctor")
+    assert with_adapter != prompt["greedy_new_ids"]
+    assert answer(3) == prompt["greedy_new_ids"]
+    assert answer(4, "doctor") == with_adapter
+    engine.send(LoadAdapter("doctor", str(golden_with_code), command_id="b"))
+    changed = engine.receive(30)
+    assert isinstance(changed, AdaptersChanged)
+    assert "adapter_config.json" in changed.problem
+    assert answer(5, "doctor") == with_adapter
+    engine.send(UnloadAdapter("doctor", command_id="c"))
+    assert engine.receive(30) == AdaptersChanged(known=[], loaded=[], command_id="c")
+    engine.send(Generate(6, prompt["input_ids"], sampling, adapter="doctor"))
+    refused = engine.receive(30)
+    assert isinstance(refused, Refused)
+    assert refused.code == "unknown_adapter"
+    assert answer(7) == prompt["greedy_new_ids"]
 
 
-def test_a_merged_adapter_answers_for_everybody(golden_with_code: Path) -> None:
+def test_a_merged_adapter_answers_for_everybody(golden_engine: EngineClient, golden_with_code: Path) -> None:
     golden = json.loads((golden_with_code / "golden_model.json").read_text())
     prompt_ids = golden["prompts"][0]["input_ids"]
     sampling = Sampling(max_new_tokens=12, seed=0, temperature=0)
     adapters = {"doctor": str(golden_with_code / "lora")}
-    with engine_of(golden_with_code, adapters=adapters) as engine:
-        engine.wait_until_ready(60)
-        unmerged, _ = answer_of(engine, Generate(1, prompt_ids, sampling, adapter="doctor"))
+    golden_engine.send(LoadAdapter("doctor", adapters["doctor"]))
+    assert isinstance(golden_engine.receive(30), AdaptersChanged)
+    unmerged, _ = answer_of(golden_engine, Generate(1, prompt_ids, sampling, adapter="doctor"))
     with engine_of(golden_with_code, adapters=adapters, merge_adapter=True) as engine:
-        assert engine.wait_until_ready(60).adapters == ["doctor"]
+        assert engine.wait_until_ready(READY_SECONDS).adapters == ["doctor"]
         for adapter in (None, "doctor"):
             assert answer_of(engine, Generate(1, prompt_ids, sampling, adapter=adapter))[0] == unmerged
 
@@ -246,7 +256,7 @@ def test_it_answers_quantized_as_the_native_engine_does_in_full_precision(
         engine_of(checkpoint_with_code, module=ENGINE_MODULE, quantize="int4", activations="full") as native,
     ):
         for engine in (reference, native):
-            engine.wait_until_ready(60)
+            engine.wait_until_ready(READY_SECONDS)
         for index, prompt_ids in enumerate(prompts):
             message = Generate(index, prompt_ids, sampling)
             assert answer_of(reference, message) == answer_of(native, message)
