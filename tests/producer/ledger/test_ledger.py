@@ -108,7 +108,7 @@ def test_every_key_is_on_the_page_of_keys_with_its_lifetime(
         keys.running("worker-1"),
         keys.workers,
         keys.conversations,
-        f"{keys.prefix}rejected",
+        f"{keys.prefix}rejected:chatglm-6b",
     }
     found = set()
     for key in ledger.connection.scan_iter(f"{keys.prefix}*"):
