@@ -6,15 +6,15 @@ stand in a network under the names of the plain layers. Knows nothing about chec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from workers.models.quantization import Bits, dequantize, integers
+from workers.models.quantization import Bits, dequantize
 
-_ELEMENTS_AT_ONCE: Final = {"cpu": 1 << 20, "cuda": 1 << 26}
+_ELEMENTS_AT_ONCE: Final = {"cpu": 1 << 21, "cuda": 1 << 26}
 """Weights that are widened at once: on a CPU they stay in its cache."""
 
 
@@ -38,20 +38,22 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out] in the dtype of x."""
-        out = [
-            self._rows(x, start, start + step)
-            for step in (_num_rows(x, self.in_features),)
-            for start in range(0, self.out_features, step)
-        ]
-        y = torch.cat(out, dim=-1)
-        return y if self.bias is None else y.add_(self.bias)
-
-    def _rows(self, x: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        weight, scale = self.weight[start:end], self.weight_scale[start:end]
         if x.dtype == torch.float16:
             # Integers times activations may leave its range before they are scaled.
-            return F.linear(x, dequantize(weight, scale, self.bits, x.dtype))
-        return F.linear(x, integers(weight, self.bits).to(x.dtype)).mul_(scale.to(x.dtype))
+            y = _by_rows(self.out_features, x, self._widen)
+        elif self.bits == 8:
+            y = _by_rows(self.out_features, x, lambda rows, out: out.copy_(self.weight[rows]))
+            y *= self.weight_scale.to(x.dtype)
+        else:
+            # The two halves of a byte meet the columns that they belong to: cheaper than putting them side by side.
+            even, odd = x[..., 0::2].contiguous(), x[..., 1::2].contiguous()
+            y = _by_rows(self.out_features, even, lambda rows, out: out.copy_(self.weight[rows] >> 4))
+            y += _by_rows(self.out_features, odd, lambda rows, out: out.copy_(self.weight[rows] << 4 >> 4))
+            y *= self.weight_scale.to(x.dtype)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def _widen(self, rows: slice, out: torch.Tensor) -> None:
+        out.copy_(dequantize(self.weight[rows], self.weight_scale[rows], self.bits, out.dtype))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
@@ -85,12 +87,7 @@ class StoredLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.dtype == x.dtype:
             return super().forward(x)
-        step = _num_rows(x, self.in_features)
-        parts = [
-            F.linear(x, self.weight[start : start + step].to(x.dtype))
-            for start in range(0, self.out_features, step)
-        ]
-        y = torch.cat(parts, dim=-1)
+        y = _by_rows(self.out_features, x, lambda rows, out: out.copy_(self.weight[rows]))
         return y if self.bias is None else y.add_(self.bias)
 
 
@@ -101,9 +98,20 @@ def stored_shape(out_features: int, in_features: int, bits: Bits) -> tuple[int, 
     return out_features, in_features * bits // 8
 
 
-def _num_rows(x: torch.Tensor, in_features: int) -> int:
-    elements = _ELEMENTS_AT_ONCE.get(x.device.type, _ELEMENTS_AT_ONCE["cuda"])
-    return max(1, elements // in_features)
+def _by_rows(num_rows: int, x: torch.Tensor, widen: Callable[[slice, torch.Tensor], object]) -> torch.Tensor:
+    """x [..., in] times a weight [num_rows, in]. `widen` puts some rows of it into what it is given, in the dtype of x."""
+    tokens, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+    step = max(1, _ELEMENTS_AT_ONCE.get(x.device.type, _ELEMENTS_AT_ONCE["cuda"]) // x.shape[-1])
+    # Kept from piece to piece: fresh memory costs more than what is computed with it.
+    wide = x.new_empty(min(step, num_rows), x.shape[-1])
+    # Weights first, tokens second: for few tokens up to three times as fast on a CPU as the other way round.
+    y = x.new_empty(num_rows, len(tokens))
+    for start in range(0, num_rows, step):
+        end = min(start + step, num_rows)
+        some = wide[: end - start]
+        widen(slice(start, end), some)
+        torch.mm(some, tokens.T, out=y[start:end])
+    return y.T.contiguous().view(*shape, num_rows)
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:

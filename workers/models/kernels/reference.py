@@ -183,19 +183,20 @@ def attend_decode(
     Returns [B, N, D].
     """
     batch_size, num_heads, head_dim = q.shape
-    _, num_kv_heads, block_size, _ = layer_keys.shape
-    num_blocks = -(-max_kv_len // block_size)
+    _, num_groups, block_size, _ = layer_keys.shape
+    num_blocks, num_shared = -(-max_kv_len // block_size), num_heads // num_groups
     tables = block_tables[:, :num_blocks].flatten()
-    shape = (batch_size, num_blocks, *layer_keys.shape[1:])
-    # The blocks stay as they are gathered, [B, blocks, G, block_size, D]: turning them around would copy them again.
+    # One product for each head of each block, in the order in which the blocks lie: any other would copy them again.
+    shape = (batch_size * num_blocks * num_groups, block_size, head_dim)
     keys = layer_keys.index_select(0, tables).view(shape)
     values = layer_values.index_select(0, tables).view(shape)
-    # [B, 1, G, D, N / G]: the heads that share a group's keys are the columns of one product.
-    queries = q.view(batch_size, 1, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(-1, -2)
-    scores = torch.matmul(keys, queries).float() * scale
+    queries = q.view(batch_size, 1, num_groups, num_shared, head_dim).expand(-1, num_blocks, -1, -1, -1)
+    scores = torch.bmm(queries.reshape(len(keys), num_shared, head_dim), keys.transpose(1, 2)).float() * scale
+    scores = scores.view(batch_size, num_blocks, num_groups, num_shared, block_size)
     is_hidden = torch.arange(num_blocks * block_size, device=q.device) >= kv_lens.unsqueeze(1)
-    scores = scores.masked_fill(is_hidden.view(batch_size, num_blocks, 1, block_size, 1), -torch.inf)
+    scores = scores.masked_fill(is_hidden.view(batch_size, num_blocks, 1, 1, block_size), -torch.inf)
     # [B, G, N / G, kv], and back to blocks.
-    weights = scores.permute(0, 2, 4, 1, 3).flatten(3).softmax(dim=-1).to(values.dtype)
+    weights = scores.permute(0, 2, 3, 1, 4).flatten(3).softmax(dim=-1).to(values.dtype)
     weights = weights.unflatten(3, (num_blocks, block_size)).permute(0, 3, 1, 2, 4)
-    return torch.matmul(weights, values).sum(dim=1).view(batch_size, num_heads, head_dim)
+    attended = torch.bmm(weights.reshape(len(keys), num_shared, block_size), values)
+    return attended.view(batch_size, num_blocks, num_heads, head_dim).sum(dim=1)
