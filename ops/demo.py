@@ -1,7 +1,7 @@
 """`make demo`: the whole road on this machine, with the commands that a person would type.
 
 Starts a server (if none runs) and a worker with the demo checkpoint in a state directory of its own, asks a question, then one
-that needs it, summarizes a file, and stops everything. Exits 0 only if every step did.
+that needs it, holds a conversation that is longer than the context, summarizes a file, and stops everything. Exits 0 only if every step did.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 GLMQ = Path(sys.executable).with_name("glmq")
 STORY = Path(__file__).with_name("examples") / "report.txt"
+TURNS = Path(__file__).with_name("examples") / "conversation.txt"
 START_SECONDS = 120
 STOP_SECONDS = 30
 BOLD, DIM, PLAIN = ("\033[1m", "\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
@@ -37,6 +38,10 @@ def main() -> int:
             step(environ, "chat", "--stats", "--greedy", "新冠肺炎怎么预防")
             say("A conversation, whose second question needs the first:")
             step(environ, "chat", "--stats", "--greedy", stdin="新冠肺炎怎么预防\n那感染了怎么办？\n")
+            say("Forty turns; the first of them tells a name, and the older ones are a summary at the end:")
+            feed(environ, TURNS, "chat", "--greedy", "--conversation", "ming")
+            step(environ, "chat", "--stats", "--greedy", "--conversation", "ming", "我叫什么名字")
+            step(environ, "conversations", "show", "ming", "--turns", "1")
             say("A file, summarized:")
             print(DIM + STORY.read_text(encoding="utf-8").strip() + PLAIN)
             step(environ, "summarize", "--stats", str(STORY))
@@ -72,6 +77,15 @@ def step(environ: dict[str, str], *arguments: str, stdin: str | None = None) -> 
         else f"glmq {typed}"
     )
     subprocess.run([GLMQ, *arguments], env=environ, input=stdin, text=True, check=True, timeout=120)
+
+
+def feed(environ: dict[str, str], file: Path, *arguments: str) -> None:
+    """Runs one command on the lines of a file, and leaves out what it prints."""
+    show(f"glmq {' '.join(arguments)} < {file.name} > /dev/null")
+    with file.open("rb") as lines:
+        subprocess.run(
+            [GLMQ, *arguments], env=environ, stdin=lines, stdout=subprocess.DEVNULL, check=True, timeout=600
+        )
 
 
 def stop(up: subprocess.Popen[str]) -> None:

@@ -5,8 +5,10 @@
 
 Starts a server and workers of its own with the demo checkpoint. Each turn is a question that the demo model is trained on, or any other. Checked:
 every answer arrives, every prompt stays within the budget, every turn is in the archive exactly once, in order and word for word as it was
-streamed, and the summary covers what it says: each one was made of the one before and exactly the turns by which `covered` grew. Printed: the
-time to the first token early and late in the conversation. Exit code 1 if a check fails.
+streamed, and the summary covers what it says: each one was made of the one before and exactly the turns by which `covered` grew.
+
+Time to the first token: the last turns of the conversation are compared with turns 50 to 150 of a young one, which is held at the same time, turn by
+turn, so that both see the same machine; and with its own turns 50 to 150, between which and the end the machine may have changed. Exit code 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from producer.contract import Failed, Finished, SamplingParams, Started, Token
 from producer.contract.conversation import FoldMemory, prompt_budget
 from producer.ledger import calls
 
-CONVERSATION = "long"
-EARLY, LATE_SHARE = (50, 150), 0.95
+OLD, YOUNG = "old", "young"
+EARLY = slice(50, 150)
+NUM_YOUNG = 150
 RATIO = 1.3
 
 
@@ -51,6 +54,8 @@ class Fold:
 @dataclass
 class Report:
     turns: list[Turn] = field(default_factory=list)
+    young: list[Turn] = field(default_factory=list)
+    """Turns of the other conversation."""
     folds: list[Fold] = field(default_factory=lambda: [Fold()])
     problems: list[str] = field(default_factory=list)
 
@@ -60,10 +65,10 @@ class Report:
             print(f"WRONG: {problem}", flush=True)
 
 
-def ask(client: Client, query: str, sampling: SamplingParams) -> Turn:
+def ask(client: Client, conversation_id: str, query: str, sampling: SamplingParams) -> Turn:
     begin = time.perf_counter()
     first, num_started = 0.0, 0
-    for event in client.chat(query, conversation_id=CONVERSATION, sampling=sampling).stream():
+    for event in client.chat(query, conversation_id=conversation_id, sampling=sampling).stream():
         match event:
             case Started():
                 num_started += 1
@@ -78,14 +83,14 @@ def ask(client: Client, query: str, sampling: SamplingParams) -> Turn:
 
 def look_at_summary(client: Client, report: Report) -> None:
     """If there is a new summary: was it made of the old one and exactly the turns that it claims?"""
-    status = client.ledger.run(calls.conversation("default", CONVERSATION)).status
+    status = client.ledger.run(calls.conversation("default", OLD)).status
     before = report.folds[-1]
     if status.covered == before.covered:
         report.check(status.summary == before.summary, f"the summary of {status.covered} turns changed")
         return
     report.folds.append(Fold(status.covered, status.summary))
     keys, connection = client.settings.keys, client.ledger.connection
-    request_id = str(connection.hget(keys.conversation(f"default:{CONVERSATION}"), "folded"))
+    request_id = str(connection.hget(keys.conversation(f"default:{OLD}"), "folded"))
     memory = FoldMemory.model_validate_json(str(connection.hget(keys.request(request_id), "memory")))
     made = client.result(request_id)
     report.check(
@@ -116,7 +121,7 @@ def run(client: Client, args: argparse.Namespace) -> Report:
     begin = time.perf_counter()
     for number in range(args.turns):
         query = talk.add_any()[0] or "?"
-        turn = ask(client, query, sampling)
+        turn = ask(client, OLD, query, sampling)
         report.turns.append(turn)
         usage = turn.finished.usage
         report.check(usage.prompt_tokens <= budget, f"turn {number}: prompt of {usage.prompt_tokens} tokens")
@@ -125,6 +130,8 @@ def run(client: Client, args: argparse.Namespace) -> Report:
             usage.left_out_turns == between, f"turn {number}: {usage} does not account for every turn"
         )
         look_at_summary(client, report)
+        if number >= args.turns - NUM_YOUNG:
+            report.young.append(ask(client, YOUNG, query, sampling))
         if (number + 1) % 100 == 0:
             last = report.turns[-100:]
             print(
@@ -141,14 +148,14 @@ def median_ms(turns: list[Turn]) -> float:
 
 
 def check_archive(client: Client, report: Report) -> None:
-    archived = [turn.turn for turn in client.conversations.turns(CONVERSATION)]
+    archived = [turn.turn for turn in client.conversations.turns(OLD)]
     told = [(turn.query, turn.finished.text) for turn in report.turns]
     report.check(
         len(archived) == len(told), f"{len(archived)} turns in the archive, {len(told)} were answered"
     )
     for number, (kept, said) in enumerate(zip(archived, told, strict=False)):
         report.check(tuple(kept) == said, f"turn {number} is {kept} in the archive, and was {said}")
-    ids = [turn.request_id for turn in client.conversations.turns(CONVERSATION)]
+    ids = [turn.request_id for turn in client.conversations.turns(OLD)]
     report.check(len(set(ids)) == len(ids), "a request is in the archive twice")
 
 
@@ -173,10 +180,10 @@ def main() -> int:
             killer.start()
         report = run(client, args)
         stop.set()
+        if args.kill_every:
+            killer.join()
         check_archive(client, report)
-        status = client.conversations.show(CONVERSATION).status
-    early = report.turns[slice(*EARLY)]
-    late = report.turns[int(len(report.turns) * LATE_SHARE) :]
+        status = client.conversations.show(OLD).status
     print(
         f"{len(report.turns)} turns, {running.num_started - args.workers} workers killed, "
         f"{sum(turn.num_started > 1 for turn in report.turns)} answers taken over"
@@ -189,11 +196,12 @@ def main() -> int:
         f"summary: {status.covered} turns after {len(report.folds) - 1} folds, {status.fold_failures} failures since; "
         f"most turns left out of a prompt: {max(turn.finished.usage.left_out_turns for turn in report.turns)}"
     )
-    if early and late:
-        ratio = median_ms(late) / median_ms(early)
+    late, young, early = report.turns[EARLY.start - EARLY.stop :], report.young[EARLY], report.turns[EARLY]
+    if len(report.turns) >= 2 * NUM_YOUNG:
+        ratio = median_ms(late) / median_ms(young)
         print(
-            f"first token, median: {median_ms(early):.0f} ms at turns {EARLY[0]}..{EARLY[1]}, {median_ms(late):.0f} ms at the "
-            f"last {len(late)}: {ratio:.2f} times (at most {RATIO})"
+            f"first token, median of the last {len(late)} turns: {median_ms(late):.0f} ms; at turns 50 to 150 of a conversation held at the "
+            f"same time {median_ms(young):.0f} ms: {ratio:.2f} times (at most {RATIO}); at its own turns 50 to 150 {median_ms(early):.0f} ms"
         )
         if not args.kill_every:
             report.check(ratio <= RATIO, "the time to the first token grows")
