@@ -82,12 +82,13 @@ local function enqueue(id, model, priority, submitted_10us)
 end
 
 -- A request that nobody knows yet enters the queue. Answers the time, in ms.
-local function create_request(id, digest, model, tenant, priority, request, retention)
+-- `behind`: its place among those that the same script creates, whose time is the same.
+local function create_request(id, digest, model, tenant, priority, request, retention, behind)
   local time = redis.call('TIME')
   local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
   redis.call('HSET', request_key(id), 'state', 'queued', 'request', request, 'digest', digest, 'model', model, 'tenant', tenant,
     'priority', priority, 'attempt', 0, 'count', 0, 'last', '0-0', 'submitted', now, 'retention', retention)
-  enqueue(id, model, priority, tonumber(time[1]) * 100000 + math.floor(tonumber(time[2]) / 10))
+  enqueue(id, model, priority, tonumber(time[1]) * 100000 + math.floor(tonumber(time[2]) / 10) + (behind or 0))
   return now
 end
 

@@ -24,7 +24,7 @@ for number = 1, total do
 end
 for number = 1, total do
   local piece = piece_id(id, level, number)
-  create_request(piece, '', fields[5], fields[6], priority, ARGV[4 + number], fields[7])
+  create_request(piece, '', fields[5], fields[6], priority, ARGV[4 + number], fields[7], number)
   redis.call('HSET', request_key(piece), 'document', id)
   if fields[9] then
     redis.call('HSET', request_key(piece), 'deadline', fields[9])

@@ -127,6 +127,31 @@ def test_a_file_is_summarized(glmq: Glmq, tmp_path: Path, road_client):
     assert done.stdout == expected.text + "\n"
 
 
+LONG = "".join(f"第{number}天，李明在公园跑步，然后喝水，晚上早睡。" for number in range(1, 400))
+"""Longer than the worker's context."""
+
+
+def test_a_long_file_is_summarized_in_pieces_and_a_pipe_sees_the_summary_alone(glmq: Glmq, road_client):
+    done = glmq("summarize", "-", "--max-length", "16", "--stats", stdin=LONG)
+
+    expected = road_client.summarize(LONG, max_length=16, sampling={"temperature": 0.0}).result(60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected.text + "\n"
+    assert expected.usage.pieces > 1
+    (line,) = done.stderr.splitlines()
+    assert (
+        f"; before that {expected.usage.pieces} pieces with {expected.usage.piece_prompt_tokens} + " in line
+    )
+
+
+def test_a_terminal_shows_how_far_the_pieces_are(road_environ, tmp_path: Path):
+    file = tmp_path / "long.txt"
+    file.write_text(LONG, encoding="utf-8")
+    command = ["summarize", str(file), "--max-length", "8"]
+    shown = at_a_terminal(command, road_environ, until="pieces", ends_itself=True)
+    assert "/" in shown.partition("pieces")[2], "so many of so many"
+
+
 @pytest.mark.parametrize(
     ("arguments", "stdin", "said"),
     [
@@ -307,7 +332,14 @@ def test_up_with_a_broken_checkpoint_says_so_and_stops_its_server(tmp_path: Path
     assert "Traceback" not in failed.stderr
 
 
-def at_a_terminal(arguments: list[str], environ: dict[str, str], *, until: str, seconds: float = 30) -> str:
+def at_a_terminal(
+    arguments: list[str],
+    environ: dict[str, str],
+    *,
+    until: str,
+    seconds: float = 30,
+    ends_itself: bool = False,
+) -> str:
     """What the command shows at a pseudo-terminal until this text has come; then Ctrl-C, and exit code 0."""
     pid, terminal = pty.fork()
     if pid == 0:
@@ -320,11 +352,24 @@ def at_a_terminal(arguments: list[str], environ: dict[str, str], *, until: str, 
             assert time.monotonic() < deadline, shown.decode(errors="replace")
             if select.select([terminal], [], [], 0.1)[0]:
                 shown += os.read(terminal, 65536)
-        # One refresh at least, so that it is in its loop.
-        time.sleep(1)
-        os.write(terminal, b"\x03")
+        if ends_itself:
+            while data := _rest(terminal):
+                shown += data
+        else:
+            # One refresh at least, so that it is in its loop.
+            time.sleep(1)
+            os.write(terminal, b"\x03")
         _, code = os.waitpid(pid, 0)
     finally:
         os.close(terminal)
     assert os.waitstatus_to_exitcode(code) == 0
     return shown.decode(errors="replace")
+
+
+def _rest(terminal: int) -> bytes:
+    """What else comes; nothing when the command has ended."""
+    try:
+        return os.read(terminal, 65536)
+    except OSError:
+        # How Linux says that nobody has the other side open any more.
+        return b""

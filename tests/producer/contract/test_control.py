@@ -9,6 +9,7 @@ from producer.contract.control import (
     CancelCommand,
     Command,
     LoadAdapterCommand,
+    LookCommand,
     Reply,
     UnloadAdapterCommand,
     check_adapter_name,
@@ -21,6 +22,7 @@ from producer.contract.control import (
     "command",
     [
         CancelCommand(request_id="4f2a"),
+        LookCommand(),
         LoadAdapterCommand(command_id="c1", name="fitness", folder="/adapters/my fitness\nv2/健身"),
         UnloadAdapterCommand(command_id="c2", name="org/fitness@v1.2"),
     ],
@@ -33,6 +35,10 @@ def test_a_command_is_one_line_and_comes_back_whole(command: Command) -> None:
 
 def test_a_cancellation_reads_as_the_ledger_writes_it() -> None:
     assert decode_command("cancel abc") == CancelCommand(request_id="abc")
+
+
+def test_a_call_to_look_reads_as_the_ledger_writes_it() -> None:
+    assert decode_command("look") == LookCommand()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from producer.contract import (
     Event,
     Failed,
     Finished,
+    Progress,
     Started,
     Timings,
     Token,
@@ -24,6 +25,7 @@ any_text = st.text(st.characters(exclude_categories=("Cs",)))
 @pytest.mark.parametrize(
     "event",
     [
+        Progress(level=2, done=3, total=17),
         Started(attempt=1, worker="gpu-0", prompt_tokens=12),
         Token(index=3, ids=(5, 130000), texts=("多喝", "")),
         Finished(
