@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -66,8 +67,11 @@ def app(redis_url: str, settings: Settings) -> Iterator[Celery]:
     app.conf.update(celery_settings(redis_url, settings.namespace))
     app.conf.update(task_default_queue=f"{settings.namespace}.m", worker_hijack_root_logger=False)
     register_tasks(app)
+    level = logging.getLogger().level
     yield app
     app.close()
+    # Celery sets it for the whole process, and other tests look at warnings.
+    logging.getLogger().setLevel(level)
 
 
 def run(app: Celery, taker: Taker, slots: int) -> Any:
