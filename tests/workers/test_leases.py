@@ -132,9 +132,7 @@ def test_what_a_worker_says_of_itself_is_shown_until_it_signs_off(
     assert bench.ledger.run(calls.overview("chatglm-6b")).workers == []
 
 
-def test_a_request_of_a_silent_worker_is_taken_over(
-    new_bench: NewBench, new_leases: Callable[..., Leases]
-) -> None:
+def test_a_request_of_a_silent_worker_is_taken_over(new_bench: NewBench) -> None:
     dead = new_bench(lease_seconds=0.4)
     request_id = dead.submit()
     sequence_id = dead.generation(request_id).sequence_id
