@@ -32,8 +32,10 @@ from workers.prompts import Language, Prompt, Prompts, PromptTokenizer, Refusal,
 
 logger = get_logger(__name__)
 
-FOLD_SHARE: Final = 4
-"""A fold is due when one in so many tokens of the context is taken by turns that no summary covers, and takes about so many in."""
+DUE_SHARE: Final = 4
+"""A fold is due when one in so many tokens of the context is taken by turns that no summary covers."""
+FOLD_SHARE: Final = 2
+"""It takes in at most one in so many: all of those, and some more where folding lags behind the questions."""
 SUMMARY_SHARE: Final = 8
 """A summary has at most one in so many tokens of the context."""
 MAX_TURNS: Final = 12
@@ -74,7 +76,7 @@ def due_fold(request: ChatRequest, remembering: Remembering) -> FoldRequest | No
     """The fold to ask for once this question is answered, if it is time."""
     failures = remembering.fold_failures
     is_due = (
-        remembering.uncovered_tokens >= remembering.memory.context_len // FOLD_SHARE
+        remembering.uncovered_tokens >= remembering.memory.context_len // DUE_SHARE
         # With the turn that is being answered.
         or remembering.uncovered_turns + 1 >= MAX_TURNS
     )

@@ -32,7 +32,7 @@ NewBench = Callable[..., Any]
 
 @pytest.fixture
 def bench(new_bench: NewBench) -> Any:
-    """A fold is due at 100 characters without a summary, and takes in as many."""
+    """A fold is due at 100 characters without a summary, and takes in 200."""
     return new_bench(context_len=400)
 
 
@@ -70,10 +70,11 @@ def test_turns_that_no_summary_covers_are_folded_when_they_are_many_tokens(bench
     ask(bench, "q" * 50, "b")
     fold = folding(bench)
 
-    assert asked(fold) == joined(fold_parts("", [Turn("q1", "a" * 60)], "english"))
+    turns = [Turn("q1", "a" * 60), Turn("q" * 50, "b")]
+    assert asked(fold) == joined(fold_parts("", turns, "english"))
     assert (fold.sampling.temperature, fold.sampling.max_new_tokens) == (0.0, 50)
     bench.say(fold.sequence_id, "so far", "stop")
-    wait_for(lambda: status(bench).covered == 1)
+    wait_for(lambda: status(bench).covered == 2)
     assert (status(bench).summary, status(bench).folding) == ("so far", None)
 
 
@@ -85,24 +86,26 @@ def test_many_short_turns_are_folded_too(bench: Any) -> None:
 
 
 def test_the_next_fold_begins_where_the_summary_ends(bench: Any) -> None:
-    ask(bench, "q1", "a" * 60)
+    ask(bench, "q1", "a" * 130)
     ask(bench, "q" * 50, "b" * 50)
     first = folding(bench)
+    assert asked(first) == joined(fold_parts("", [Turn("q1", "a" * 130)], "english"))
     bench.say(first.sequence_id, "the first", "stop")
     wait_for(lambda: status(bench).covered == 1)
     ask(bench, "q3", "a3")
 
     second = folding(bench)
-    assert asked(second) == joined(fold_parts("the first", [Turn("q" * 50, "b" * 50)], "english"))
+    turns = [Turn("q" * 50, "b" * 50), Turn("q3", "a3")]
+    assert asked(second) == joined(fold_parts("the first", turns, "english"))
 
 
 def test_a_turn_that_is_too_long_is_shortened_in_the_middle_for_folding_alone(bench: Any) -> None:
-    ask(bench, "q" * 150, "a" * 100)
+    ask(bench, "q" * 150, "a" * 120)
     text = asked(folding(bench))
     assert text.startswith("Fold the new turns into the summary.\nSummary: none\nTurns:\nQ: qqq")
     assert text.count(ELLIPSIS) == 2
-    assert len(text) < 180
-    assert bench.ledger.run(calls.conversation("default", "c", count=1)).turns[0].answer == "a" * 100
+    assert len(text) < 280
+    assert bench.ledger.run(calls.conversation("default", "c", count=1)).turns[0].answer == "a" * 120
 
 
 def test_a_turn_keeps_its_beginning_and_its_end() -> None:
@@ -188,7 +191,7 @@ def test_a_fold_goes_on_after_a_takeover_with_the_same_turns(bench: Any, new_ben
 
     assert second.prompt_ids == first.prompt_ids
     other.say(second.sequence_id, " far", "stop")
-    wait_for(lambda: status(bench).covered == 1)
+    wait_for(lambda: status(bench).covered == 2)
     assert status(bench).summary == "so far"
 
 
@@ -201,8 +204,8 @@ def test_a_conversation_goes_on_while_its_fold_runs(bench: Any) -> None:
     assert usage.left_out_turns > 0
     assert len([g for g in bench.generated if "Fold the new" in asked(g)]) == 1
     bench.say(fold.sequence_id, "s", "stop")
-    wait_for(lambda: status(bench).covered == 1)
-    assert ask(bench, "q6", "a").usage.summary_turns == 1
+    wait_for(lambda: status(bench).covered == 2)
+    assert ask(bench, "q6", "a").usage.summary_turns == 2
 
 
 def test_a_cancelled_answer_asks_for_no_fold(bench: Any) -> None:
