@@ -154,9 +154,9 @@ def test_a_request_of_a_silent_worker_is_taken_over(new_bench: NewBench) -> None
 
 
 def test_a_stuck_worker_takes_nothing_from_others(bench: Any, new_leases: Callable[..., Leases]) -> None:
-    bench.claims.drain()
-    request_id = bench.submit()
-    claim = bench.ledger.run(calls.claim("chatglm-6b", "dead", 0.05))
+    # Of a model that the bench itself does not claim.
+    request_id = bench.submit(model="another")
+    claim = bench.ledger.run(calls.claim("another", "dead", 0.05))
     new_leases(is_stuck=lambda: True).start()
     time.sleep(0.5)
     assert bench.ledger.run(calls.status(request_id)).attempt == claim.attempt
@@ -166,9 +166,8 @@ def test_a_stuck_worker_takes_nothing_from_others(bench: Any, new_leases: Callab
 def test_leases_that_nobody_could_renew_are_not_reaped_at_once(
     bench: Any, new_leases: Callable[..., Leases], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.claims.drain()
-    request_id = bench.submit()
-    bench.ledger.run(calls.claim("chatglm-6b", "other", 0.05))
+    request_id = bench.submit(model="another")
+    bench.ledger.run(calls.claim("another", "other", 0.05))
     run = bench.ledger.run
     is_down = True
 
