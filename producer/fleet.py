@@ -301,18 +301,19 @@ class Fleet:
         self._say(f"{name} has ended ({_how(code)}); it is started again in {pause:g} s")
 
     def _look_who_is_ready(self) -> None:
-        starting = [member for member in self._members if member.process and member.ready_at is None]
-        if not starting or self._num_signals:
+        if self._num_signals:
             return
-        pids = self._ready_pids()
+        starting = [member for member in self._members if member.process and member.ready_at is None]
+        pids = self._ready_pids() if starting else ()
         for member in starting:
             if member.process is not None and member.process.pid in pids:
                 member.ready_at = time.monotonic()
-                num_ready = sum(other.ready_at is not None for other in self._members)
                 again = " again" if member.was_ready else ""
                 member.was_ready = True
                 if len(self._members) > 1:
+                    num_ready = sum(other.ready_at is not None for other in self._members)
                     self._say(f"{member.plan.name} is ready{again}: {num_ready} of {len(self._members)}")
+        # Those that are given up are not waited for.
         serving = [member for member in self._members if not member.has_ended]
         if not self._were_all_ready and serving and all(member.was_ready for member in serving):
             self._were_all_ready = True

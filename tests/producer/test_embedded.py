@@ -265,14 +265,6 @@ def test_an_ensured_server_lives_as_long_as_the_process(tmp_path: Path) -> None:
     wait_until(lambda: not is_alive(int(done.stdout)))
 
 
-def test_the_launcher_gives_up_if_its_parent_is_gone_already() -> None:
-    from producer.embedded import _LAUNCHER
-
-    command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, "1", sys.executable, "-c", "print('ran')"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    assert done.stdout == ""
-
-
 def test_ctrl_c_in_the_terminal_does_not_reach_the_server(tmp_path: Path) -> None:
     with EmbeddedServer.start(tmp_path) as server:
         assert os.getpgid(server.pid) != os.getpgid(0)

@@ -31,6 +31,7 @@ lives = folder / f"{name}.lives"
 with lives.open("a") as file:
     file.write(f"{os.getpid()}\\n")
 if (folder / f"{name}.broken").exists():
+    time.sleep(float((folder / f"{name}.broken").read_text() or 0))
     print("cannot start: GLMQ_SLOTS: 'many' is not a whole number")
     sys.exit(1)
 (folder / f"{os.getpid()}.ready").touch()
@@ -95,9 +96,9 @@ class Harness:
 def harness(tmp_path: Path) -> Iterator[Callable[..., Harness]]:
     started: list[Harness] = []
 
-    def new(*names: str, broken: str = "") -> Harness:
+    def new(*names: str, broken: str = "", after: float = 0) -> Harness:
         if broken:
-            (tmp_path / f"{broken}.broken").touch()
+            (tmp_path / f"{broken}.broken").write_text(str(after))
         harness = Harness(tmp_path, names)
         started.append(harness)
         harness.start()
@@ -268,10 +269,11 @@ def test_a_worker_that_was_ready_once_is_started_again_however_its_starts_fail(
     assert fleet.end() == 0
 
 
+@pytest.mark.parametrize("after", [0, 1])
 def test_a_worker_with_a_bad_setting_is_not_started_again_and_its_reason_is_told(
-    harness: Callable[..., Harness],
+    harness: Callable[..., Harness], after: float
 ) -> None:
-    fleet = harness("a", "b", broken="a")
+    fleet = harness("a", "b", broken="a", after=after)
     fleet.wait(lambda: fleet.num_all_ready == 1)
     time.sleep(0.3)
 
