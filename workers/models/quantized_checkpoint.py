@@ -118,8 +118,12 @@ def write_quantized(
         forms[model.head] = head_bits
         if config.tie_word_embeddings:
             forms[model.embedding] = head_bits
+    try:
+        layout = _layout(model, stored, forms)
+    except ValueError as error:
+        raise CheckpointError(source / CONFIG_FILE, str(error), "Use 8 bits") from error
     with _folder_in_the_making(target) as folder:
-        with SafetensorsWriter(folder / SAFETENSORS_FILE, _layout(model, stored, forms)) as writer:
+        with SafetensorsWriter(folder / SAFETENSORS_FILE, layout) as writer:
             errors = _write_tensors(
                 model, files, stored, writer, forms=forms, lora=lora, on_progress=on_progress
             )
@@ -205,7 +209,7 @@ def _write_tensors(
         layer, _, attribute = name.rpartition(".")
         path = _target_path(model, layer)
         bits = forms.get(path) if attribute == "weight" else None
-        weights = tensor if lora is None else lora.merged(name, tensor, _stored_dtype(stored[name]))
+        weights = tensor if lora is None else lora.merged(name, tensor, tensor.dtype)
         if bits is None:
             weights = weights.to(_stored_dtype(stored[name]))
             _check_finite(file, name, weights)
