@@ -72,8 +72,12 @@ async def main(num_streams: int, num_tokens: int, num_idle: int) -> None:
         answers = await asyncio.gather(*(read(client, request(n, num_tokens)) for n in range(num_streams)))
         took = time.perf_counter() - begin
         made = sum(finished.usage.completion_tokens for _, _, finished in answers)
-        print(f"{num_streams} streams of {num_tokens} tokens on {worker.about['slots']} slots: {made / took:.0f} tokens/s in {took:.2f} s")
-        print(f"first token under this load (waiting for a slot included): {quantiles([first for first, _, _ in answers])}")
+        print(
+            f"{num_streams} streams of {num_tokens} tokens on {worker.about['slots']} slots: {made / took:.0f} tokens/s in {took:.2f} s"
+        )
+        print(
+            f"first token under this load (waiting for a slot included): {quantiles([first for first, _, _ in answers])}"
+        )
         print(f"between token events: {quantiles([gap for _, gaps, _ in answers for gap in gaps])}")
         for name, pid in pids.items():
             used = cpu_seconds(pid) - before[name]
@@ -81,7 +85,9 @@ async def main(num_streams: int, num_tokens: int, num_idle: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--streams", type=int, default=200, dest="num_streams")
     parser.add_argument("--tokens", type=int, default=64, dest="num_tokens")
     parser.add_argument("--idle", type=int, default=30, dest="num_idle")

@@ -224,7 +224,15 @@ _ADDED: Final = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 class PieceJoiner:
     """Ids to text one by one, as sentencepiece joins pieces; bytes are held back until they make a character."""
 
-    __slots__ = ("_byte_values", "_bytes", "_first_id", "_is_at_start", "_removed_id", "_surfaces", "_tokenizer")
+    __slots__ = (
+        "_byte_values",
+        "_bytes",
+        "_first_id",
+        "_is_at_start",
+        "_removed_id",
+        "_surfaces",
+        "_tokenizer",
+    )
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

@@ -82,7 +82,11 @@ def file_in_folder(folder: Path, name: str, named_by: Path) -> Path:
         raise CheckpointError(
             path, f"the file does not exist, but {named_by.name} names it", "Download it into the folder"
         ) from None
-    except (OSError, RuntimeError, ValueError) as error:  # such as a link to itself, or a name that is no text
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # such as a link to itself, or a name that is no text
         raise CheckpointError(path, f"the file cannot be read ({error})", "Download it again") from error
     store = inside.parent.parent / "blobs" if inside.parent.name == "snapshots" else inside
     if not target.is_relative_to(inside) and not target.is_relative_to(store):
