@@ -95,7 +95,8 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
             num_threads=options.threads,
             activations=options.activations,
             context_len=1024,
-            max_num_seqs=16,
+            max_num_seqs=max(options.batches),
+            cache_gib=0.25,  # the cache is not what is measured
         )
     )
     seconds = time.perf_counter() - begin

@@ -12,7 +12,6 @@ import importlib.util
 from functools import cache
 from typing import Final
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -21,6 +20,9 @@ from workers.models.quantization import Bits
 
 BLOCK_SIZES: Final = (256, 128, 64, 32, 16)
 """Inputs that share a scale; the operator has no other sizes. Large blocks cost less memory, and hardly any precision."""
+
+_ELEMENTS_OF_A_SESSION: Final = 1 << 26
+"""While a session is made, its weights are in memory two or three times. A whole head would be too much."""
 
 _INT8_ACTIVATIONS: Final = 4
 """`accuracy_level`: 8-bit activations with 32-bit sums."""
@@ -43,24 +45,23 @@ def pack(linear: QuantizedLinear) -> nn.Module:
 
 
 class OnnxLinear(nn.Module):
-    """A linear layer whose weights live in an ONNX Runtime session, in the order that its kernel for this CPU wants."""
+    """A linear layer whose weights live in ONNX Runtime sessions, in the order that its kernel for this CPU wants."""
 
     def __init__(self, linear: QuantizedLinear, block_size: int) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = linear.in_features, linear.out_features, linear.bits
-        num_blocks = linear.in_features // block_size
-        scales = linear.weight_scale.float().unsqueeze(1).expand(-1, num_blocks).contiguous()
-        values = _with_offset(linear.weight, linear.bits).view(linear.out_features, num_blocks, -1)
-        initializers = {"weight": values.numpy(), "scales": scales.numpy()}
-        if linear.bias is not None:
-            initializers["bias"] = linear.bias.detach().float().numpy()
-        self._session = _session(linear, block_size, initializers)
+        rows = max(1, _ELEMENTS_OF_A_SESSION // linear.in_features)
+        self._sessions = [
+            _session(linear, slice(start, start + rows), block_size)
+            for start in range(0, linear.out_features, rows)
+        ]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out] in the dtype of x. Not differentiable."""
-        rows = x.detach().reshape(-1, self.in_features).float()
-        (y,) = self._session.run(["y"], {"x": rows.numpy()})
-        return torch.from_numpy(y).to(x.dtype).view(*x.shape[:-1], self.out_features)
+        tokens = x.detach().reshape(-1, self.in_features).float().numpy()
+        parts = [torch.from_numpy(session.run(["y"], {"x": tokens})[0]) for session in self._sessions]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
@@ -69,13 +70,12 @@ class OnnxLinear(nn.Module):
 def _with_offset(stored: torch.Tensor, bits: Bits) -> torch.Tensor:
     """A checkpoint's integers as the operator wants them: unsigned, the first of two 4-bit values in the low bits.
 
-    `stored` is used up: memory that was never touched costs more than the arithmetic.
+    `stored` stays as it is: an embedding may share it, or it lies in the mapped file.
     """
     unsigned = stored.view(torch.uint8)
     if bits == 8:
-        return unsigned.bitwise_xor_(0x80)
-    first = unsigned.bitwise_right_shift(4)
-    return unsigned.bitwise_left_shift_(4).bitwise_or_(first).bitwise_xor_(0x88)
+        return unsigned ^ 0x80
+    return (unsigned >> 4).bitwise_or_(unsigned << 4).bitwise_xor_(0x88)
 
 
 def _return_freed_memory() -> None:
@@ -93,17 +93,24 @@ def _share_threads() -> None:
     onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
 
 
-def _session(linear: QuantizedLinear, block_size: int, initializers: dict[str, np.ndarray]):
+def _session(linear: QuantizedLinear, rows: slice, block_size: int):
+    """These outputs of a layer."""
     import onnxruntime  # noqa: PLC0415
 
     _share_threads()
+    num_blocks = linear.in_features // block_size
+    scales = linear.weight_scale[rows].float().unsqueeze(1).expand(-1, num_blocks).contiguous()
+    values = _with_offset(linear.weight[rows], linear.bits).view(len(scales), num_blocks, -1)
+    initializers = {"weight": values.numpy(), "scales": scales.numpy()}
+    if linear.bias is not None:
+        initializers["bias"] = linear.bias.detach()[rows].float().numpy()
     options = onnxruntime.SessionOptions()
     options.use_per_session_threads = False
     options.enable_cpu_mem_arena = False  # each session's would keep its largest output
     options.log_severity_level = 3
     # Handed over as they are: the session keeps its own packed copy, and drops these.
-    values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in initializers.values()]
-    options.add_external_initializers(list(initializers), values)
+    given = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in initializers.values()]
+    options.add_external_initializers(list(initializers), given)
     model = _model(linear, block_size, {name: value.shape for name, value in initializers.items()})
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
@@ -119,7 +126,7 @@ def _model(linear: QuantizedLinear, block_size: int, shapes: dict[str, tuple[int
     """An ONNX model of one node: y [t, out] = x [t, in] by the weights + bias, with initializers that come from outside."""
     attributes = {
         "K": linear.in_features,
-        "N": linear.out_features,
+        "N": shapes["scales"][0],
         "bits": linear.bits,
         "block_size": block_size,
         "accuracy_level": _INT8_ACTIVATIONS,
@@ -146,7 +153,7 @@ def _model(linear: QuantizedLinear, block_size: int, shapes: dict[str, tuple[int
                 for name, shape in shapes.items()
             ),
             _bytes(11, _tensor_type("x", linear.in_features)),
-            _bytes(12, _tensor_type("y", linear.out_features)),
+            _bytes(12, _tensor_type("y", shapes["scales"][0])),
         ]
     )
     opsets = _bytes(8, _int(2, _OPSET)) + _bytes(8, _bytes(1, "com.microsoft") + _int(2, 1))

@@ -20,7 +20,7 @@ from workers.models.linear import QuantizedEmbedding, QuantizedLinear, StoredLin
 from workers.models.lora import Adapter, linear_shapes, read_adapter
 from workers.models.network import Network
 from workers.models.quantization import Bits, quantize, stored_values
-from workers.models.stored_tensors import stored_tensors
+from workers.models.stored_tensors import stored_tensor, stored_tensors
 from workers.models.weight_file import file_in_folder, read_directory
 
 SAFETENSORS_FILE: Final = "model.safetensors"
@@ -241,6 +241,8 @@ class _Loading:
         self._missing = set(self._expected)
         self._kept = {f"{path}.weight" for path in (model.embedding, model.head)} if keeps_half else set()
         self._shared = {model.embedding, model.head} if model.config.tie_word_embeddings else set()
+        self._shared_from: tuple[Path, str] | None = None
+        """Where the integers are that embedding and head share."""
 
     def take(self, path: Path, name: str, tensor: torch.Tensor) -> None:
         """Raises CheckpointError, which names the tensor and its file, when it does not fit."""
@@ -273,15 +275,17 @@ class _Loading:
                 f"the tensor {first}{more} is in none of its weight files",
                 "Download the checkpoint again",
             )
-        for layer in self._shared:
-            self._pack_if_complete(layer, is_shared=True)
+        if self._shared and self._pack is not None:
+            self._pack_shared_head()
 
     def _take_weight(self, path: Path, layer: str, module: QuantizedLinear, tensor: torch.Tensor) -> None:
         """Integers as they are; floating point quantized, with the adapter in it."""
         name, bits = f"{layer}.weight", module.bits
         if not tensor.is_floating_point():
             self._check(path, name, tensor, self._expected[name], is_floating=False)
-            self._assign(name, tensor.to(self._device, copy=True))
+            self._assign(name, tensor.to(self._device))  # on a CPU it stays in the mapped file
+            if layer in self._shared:
+                self._shared_from = path, name
             return
         rows, columns = self._expected[name]
         self._check(path, name, tensor, torch.Size((rows, columns * 8 // bits)), is_floating=True)
@@ -317,16 +321,21 @@ class _Loading:
             setattr(module, attribute, tensor)
         self._missing.discard(name)
 
-    def _pack_if_complete(self, layer: str, *, is_shared: bool = False) -> None:
+    def _pack_if_complete(self, layer: str) -> None:
         module = self._model.get_submodule(layer)
-        if (
-            self._pack is None
-            or not isinstance(module, QuantizedLinear)
-            or (layer in self._shared) != is_shared
-        ):
+        if self._pack is None or not isinstance(module, QuantizedLinear) or layer in self._shared:
             return
         if not any(f"{layer}.{attribute}" in self._missing for attribute in module.state_dict()):
             set_module(self._model, layer, self._pack(module))
+
+    def _pack_shared_head(self) -> None:
+        head = self._model.get_submodule(self._model.head)
+        if self._pack is None or not isinstance(head, QuantizedLinear):
+            return
+        if self._shared_from is not None:
+            # Packing reads every page, and those of the embedding's own mapping would stay in memory.
+            head.weight = stored_tensor(*self._shared_from)
+        set_module(self._model, self._model.head, self._pack(head))
 
     def _tie(self) -> None:
         if not self._shared:

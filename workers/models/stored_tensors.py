@@ -30,6 +30,11 @@ def stored_tensors(files: list[Path]) -> Iterator[tuple[Path, str, torch.Tensor]
             yield from _bin_tensors(path)
 
 
+def stored_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a file that `stored_tensors` has read, mapped apart from what that gave."""
+    return next(tensor for _, found, tensor in stored_tensors([path]) if found == name)
+
+
 # Pages of a mapped file count as memory of the process until it is unmapped, so files are mapped anew again and again.
 _BYTES_OF_A_MAPPING = 256 << 20
 

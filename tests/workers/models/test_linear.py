@@ -130,6 +130,27 @@ def test_a_token_gets_in_a_batch_what_it_gets_alone(bits):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("bits", BITS)
+def test_a_large_layer_is_packed_in_parts(bits, monkeypatch):
+    whole = linear_onnxruntime.pack(quantized_layer(64, 100, bits))
+    monkeypatch.setattr(linear_onnxruntime, "_ELEMENTS_OF_A_SESSION", 64 * 32)
+    parts = linear_onnxruntime.pack(quantized_layer(64, 100, bits))
+    x = activations(3, 64)
+    assert len(parts._sessions) == 4
+    torch.testing.assert_close(parts(x), whole(x), atol=1e-6, rtol=1e-6)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bits", BITS)
+def test_packing_leaves_integers_that_an_embedding_shares_as_they_are(bits):
+    layer = quantized_layer(64, 32, bits)
+    shared = layer.weight
+    before = shared.clone()
+    linear_onnxruntime.pack(layer)
+    assert torch.equal(shared, before)
+
+
+@torch.inference_mode()
 def test_a_packed_layer_answers_in_the_dtype_and_shape_it_is_asked_in():
     packed = linear_onnxruntime.pack(quantized_layer(64, 32, 4))
     y = packed(activations(2, 3, 64).bfloat16())
