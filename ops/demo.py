@@ -24,7 +24,7 @@ BOLD, DIM, PLAIN = ("\033[1m", "\033[2m", "\033[0m") if sys.stdout.isatty() else
 
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="glmq-demo-") as state_dir:
-        environ = {**os.environ, "GLMQ_STATE_DIR": state_dir, "PYTHONUNBUFFERED": "1"}
+        environ = {**os.environ, "GLMQ_STATE_DIR": state_dir, "PYTHONUNBUFFERED": "1", "GLMQ_LOG_LEVEL": "WARNING"}
         # An own server: the demo must neither touch nor need one that is in use.
         environ.pop("REDIS_URL", None)
         show("glmq up &")
@@ -38,9 +38,11 @@ def main() -> int:
             step(environ, "chat", "--stats", "--greedy", "新冠肺炎怎么预防")
             say("A conversation, whose second question needs the first:")
             step(environ, "chat", "--stats", "--greedy", stdin="新冠肺炎怎么预防\n那感染了怎么办？\n")
-            say("Forty turns; the first of them tells a name, and the older ones are a summary at the end:")
+            say(
+                "Forty turns; the first of them tells an allergy, and the older ones are a summary at the end:"
+            )
             feed(environ, TURNS, "chat", "--greedy", "--conversation", "ming")
-            step(environ, "chat", "--stats", "--greedy", "--conversation", "ming", "我叫什么名字")
+            step(environ, "chat", "--stats", "--greedy", "--conversation", "ming", "我对什么过敏")
             step(environ, "conversations", "show", "ming", "--turns", "1")
             say("A file, summarized:")
             print(DIM + STORY.read_text(encoding="utf-8").strip() + PLAIN)
