@@ -24,7 +24,12 @@ BOLD, DIM, PLAIN = ("\033[1m", "\033[2m", "\033[0m") if sys.stdout.isatty() else
 
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="glmq-demo-") as state_dir:
-        environ = {**os.environ, "GLMQ_STATE_DIR": state_dir, "PYTHONUNBUFFERED": "1", "GLMQ_LOG_LEVEL": "WARNING"}
+        environ = {
+            **os.environ,
+            "GLMQ_STATE_DIR": state_dir,
+            "PYTHONUNBUFFERED": "1",
+            "GLMQ_LOG_LEVEL": "WARNING",
+        }
         # An own server: the demo must neither touch nor need one that is in use.
         environ.pop("REDIS_URL", None)
         show("glmq up &")
