@@ -27,6 +27,7 @@ def test_every_variable_is_read() -> None:
             "GLMQ_STATE_DIR": "/var/lib/glmq",
             "GLMQ_RETENTION_SECONDS": "60.5",
             "GLMQ_IDEMPOTENCY_SECONDS": "7",
+            "GLMQ_CONVERSATION_SECONDS": "3600",
             "GLMQ_REDIS_TIMEOUT_SECONDS": "1",
             "GLMQ_RECONNECT_SECONDS": "2",
         }
@@ -38,6 +39,7 @@ def test_every_variable_is_read() -> None:
         state_dir=Path("/var/lib/glmq"),
         retention_seconds=60.5,
         idempotency_seconds=7,
+        conversation_seconds=3600,
         redis_timeout_seconds=1,
         reconnect_seconds=2,
     )
@@ -67,6 +69,7 @@ def test_an_empty_variable_is_an_unset_one() -> None:
         ("GLMQ_RETENTION_SECONDS", "nan", "Use 0.001 to"),
         ("GLMQ_RETENTION_SECONDS", "inf", "Use 0.001 to"),
         ("GLMQ_IDEMPOTENCY_SECONDS", "-1", "Use 0.001 to"),
+        ("GLMQ_CONVERSATION_SECONDS", "0", "Use 0.001 to"),
         ("GLMQ_REDIS_TIMEOUT_SECONDS", "x", "Give seconds"),
         ("GLMQ_RECONNECT_SECONDS", "1e12", "Use 0.001 to"),
     ],
