@@ -44,8 +44,8 @@ format: setup  ## Format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: setup  ## The whole suite, with real servers and processes
-	$(BIN)/pytest $(ARGS)
+test: setup  ## The whole suite, with real servers and processes; two at a time, a file's tests together
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 test-metrics: setup  ## Metrics, dashboards and alerts against a real Prometheus (fetched where there is apt)
 	$(BIN)/pytest tests/ops tests/workers/test_metrics.py tests/journey/test_metrics.py $(ARGS)

@@ -22,7 +22,12 @@ def settle() -> None:
     time.sleep(0.3)
 
 
-def test_a_ticket_brings_the_prompt_to_the_engine_and_holds_its_slot_until_the_end(bench: Any) -> None:
+def test_a_ticket_brings_the_prompt_to_the_engine_and_holds_its_slot_until_the_end(
+    new_bench: NewBench,
+) -> None:
+    # Its own look must not come before the ticket: then the ticket would find nothing, and be completed.
+    bench = new_bench(look_seconds=60)
+    settle()
     request_id = bench.submit("hello")
     ticket = bench.ticket()
     bench.claims.take(ticket)
