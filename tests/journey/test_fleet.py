@@ -115,16 +115,17 @@ def test_two_workers_share_the_work_survive_the_death_of_one_and_drain_together(
     assert sorted({each[-1].attempts for each in events if isinstance(each[-1], Finished)}) == [1, 2]
     fleet.wait_for(r"cpu\d has ended \(killed by SIGKILL\); it is started again in 1 s")
     fleet.wait_for(r"cpu\d is ready again: 2 of 2")
-    after = {worker.about["pid"] for worker in client.overview().workers if worker.about["state"] == "ready"}
-    assert victim not in after
-    assert len(after & before.keys()) == 1
+    # The victim is remembered for a few seconds, in which nothing is heard of it.
+    after = {worker.about["pid"] for worker in client.overview().workers} - {victim}
+    assert len(after) == 2
+    assert after & before.keys() == before.keys() - {victim}
     running = client.chat("one more", sampling=sampling).stream()
     head = [next(running), next(running)]
 
     assert fleet.end() == 0, fleet.all_lines
 
     assert check_stream(head + list(running)).usage.completion_tokens == 400
-    assert client.overview().workers == []
+    assert {worker.about["pid"] for worker in client.overview().workers} <= {victim}
     assert re.search(r"draining: cpu0, cpu1\..*\n(cpu\d has stopped\n){2}$", "".join(fleet.said))
     assert {line[:15] for line in fleet.log if line.startswith("{")} == {'{"from":"cpu0",', '{"from":"cpu1",'}
     assert "Traceback" not in fleet.all_lines
