@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from workers.engine.adapters import Adapters
@@ -219,11 +221,21 @@ def new_cache(
     config = model.config
     shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
     dtype = torch.int8 if is_int8 else model.dtype
-    keys, values = (torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(2))
+    keys, values = (_zeros(shape, dtype, model.device) for _ in range(2))
     if not is_int8:
         return KVCache(keys, values)
     scales = (torch.zeros(shape[:-1], dtype=torch.float16, device=model.device) for _ in range(2))
     return KVCache(keys, values, *scales)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # NumPy asks for zeroed memory and touches none of it; torch writes zeros into gigabytes, which takes seconds, and most of
+    # them are never used.
+    return (
+        torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    )
 
 
 def _adapters(model: Network, config: EngineConfig, merged: str | None) -> Adapters:

@@ -16,7 +16,7 @@ from torch import nn
 from workers.models import kernels
 from workers.models.batch import Batch, KVCache
 from workers.models.config import ModelConfig
-from workers.models.layers import LayerNorm, rotary_tables
+from workers.models.layers import LayerNorm, TokenEmbedding, rotary_tables
 from workers.models.network import Network
 
 # The released code gives each block its default of 28 layers, however many the model has.
@@ -81,7 +81,7 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.final_layernorm = LayerNorm(config.hidden_size, config.layernorm_eps)
 

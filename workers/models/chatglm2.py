@@ -14,7 +14,7 @@ from torch import nn
 from workers.models import kernels
 from workers.models.batch import Batch, KVCache
 from workers.models.config import ModelConfig
-from workers.models.layers import RMSNorm, pair_rotary_tables
+from workers.models.layers import RMSNorm, TokenEmbedding, pair_rotary_tables
 from workers.models.network import Network
 
 
@@ -85,7 +85,7 @@ class Encoder(nn.Module):
 class Embedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings = TokenEmbedding(config.vocab_size, config.hidden_size)
 
 
 class Transformer(nn.Module):

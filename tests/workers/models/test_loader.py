@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,3 +176,13 @@ def test_a_bin_file_executes_nothing(folder, tmp_path, monkeypatch, protocol):
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
         load_model(folder)
     assert not (tmp_path / "executed").exists()
+
+
+def test_loading_does_not_import_torch_s_compiler(tiny_checkpoint: Path) -> None:
+    # Half of the time that an engine needs to start again was spent on it.
+    program = (
+        "import sys; from workers.models.loader import load_model; "
+        "load_model(sys.argv[1]); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    root = Path(__file__).parents[3]
+    subprocess.run([sys.executable, "-c", program, str(tiny_checkpoint)], cwd=root, check=True, timeout=60)
