@@ -94,10 +94,11 @@ def load_model(
     if keeps_half:
         _widen_head_when_used(model)
     loading = _Loading(model, device, dtype or DTYPES[config.dtype], lora, pack, keeps_half=keeps_half)
-    head, embedding = f"{model.head}.weight", f"{model.embedding}.weight"
-    for path, name, tensor in stored_tensors(files):
-        # Of two tensors that are one, the head's counts (CHATGLM.md A7).
-        if not (config.tie_word_embeddings and name == embedding and head in names):
+    # Of two tensors that are one, the head's counts (CHATGLM.md A7).
+    unused = model.embedding if config.tie_word_embeddings and f"{model.head}.weight" in names else None
+    # What head and embedding share is packed beside its integers: least memory is needed while there is nothing else.
+    for path, name, tensor in stored_tensors(files, first=(model.head, model.embedding)):
+        if name.rpartition(".")[0] != unused:
             loading.take(path, name, tensor)
     loading.finish(folder)
     return model.requires_grad_(False).eval()
@@ -243,6 +244,7 @@ class _Loading:
         self._shared = {model.embedding, model.head} if model.config.tie_word_embeddings else set()
         self._shared_from: tuple[Path, str] | None = None
         """Where the integers are that embedding and head share."""
+        self._is_tied = False
 
     def take(self, path: Path, name: str, tensor: torch.Tensor) -> None:
         """Raises CheckpointError, which names the tensor and its file, when it does not fit."""
@@ -266,7 +268,8 @@ class _Loading:
 
     def finish(self, folder: Path) -> None:
         """Ties what is one tensor. Raises CheckpointError when a tensor has not come."""
-        self._tie()
+        if not self._is_tied:
+            self._tie()
         if self._missing:
             first, *others = sorted(self._missing)
             more = f" and {len(others)} more" if others else ""
@@ -275,8 +278,6 @@ class _Loading:
                 f"the tensor {first}{more} is in none of its weight files",
                 "Download the checkpoint again",
             )
-        if self._shared and self._pack is not None:
-            self._pack_shared_head()
 
     def _take_weight(self, path: Path, layer: str, module: QuantizedLinear, tensor: torch.Tensor) -> None:
         """Integers as they are; floating point quantized, with the adapter in it."""
@@ -323,21 +324,25 @@ class _Loading:
 
     def _pack_if_complete(self, layer: str) -> None:
         module = self._model.get_submodule(layer)
-        if self._pack is None or not isinstance(module, QuantizedLinear) or layer in self._shared:
+        if self._pack is None or not isinstance(module, QuantizedLinear | QuantizedEmbedding):
             return
-        if not any(f"{layer}.{attribute}" in self._missing for attribute in module.state_dict()):
+        if any(f"{layer}.{attribute}" in self._missing for attribute in module.state_dict()):
+            return
+        if layer in self._shared:
+            self._tie()
+            self._pack_shared_head(self._pack)
+        elif isinstance(module, QuantizedLinear):
             set_module(self._model, layer, self._pack(module))
 
-    def _pack_shared_head(self) -> None:
-        head = self._model.get_submodule(self._model.head)
-        if self._pack is None or not isinstance(head, QuantizedLinear):
-            return
+    def _pack_shared_head(self, pack: Pack) -> None:
+        head = cast(QuantizedLinear, self._model.get_submodule(self._model.head))
         if self._shared_from is not None:
             # Packing reads every page, and those of the embedding's own mapping would stay in memory.
             head.weight = stored_tensor(*self._shared_from)
-        set_module(self._model, self._model.head, self._pack(head))
+        set_module(self._model, self._model.head, pack(head))
 
     def _tie(self) -> None:
+        self._is_tied = True
         if not self._shared:
             return
         head, embedding = (

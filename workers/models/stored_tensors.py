@@ -15,17 +15,19 @@ from workers.models.config import CheckpointError
 from workers.models.weight_file import read_directory
 
 
-def stored_tensors(files: list[Path]) -> Iterator[tuple[Path, str, torch.Tensor]]:
+def stored_tensors(
+    files: list[Path], first: tuple[str, ...] = ()
+) -> Iterator[tuple[Path, str, torch.Tensor]]:
     """The tensors of these files one after another, mapped and not copied: (file, name, tensor).
 
-    All files are checked before the first tensor is read. Raises CheckpointError when one cannot be read as weights
+    `first`: modules whose tensors come before the others of their file. All files are checked before the first tensor is read. Raises CheckpointError when one cannot be read as weights
     alone.
     """
     for path in files:
         read_directory(path)
     for path in files:
         if path.suffix == ".safetensors":
-            yield from _safetensors(path)
+            yield from _safetensors(path, first)
         else:
             yield from _bin_tensors(path)
 
@@ -36,13 +38,13 @@ def stored_tensor(path: Path, name: str) -> torch.Tensor:
 
 
 # Pages of a mapped file count as memory of the process until it is unmapped, so files are mapped anew again and again.
-_BYTES_OF_A_MAPPING = 256 << 20
+_BYTES_OF_A_MAPPING = 96 << 20
 
 
-def _safetensors(path: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
+def _safetensors(path: Path, first: tuple[str, ...]) -> Iterator[tuple[Path, str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
+            names = sorted(file.keys(), key=lambda name: name.rpartition(".")[0] not in first)
         while names:
             num_bytes = 0
             with safe_open(path, framework="pt") as file:
