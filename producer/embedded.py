@@ -97,6 +97,15 @@ def find_binary() -> ServerBinary:
     )
 
 
+def binary_at(path: Path) -> ServerBinary:
+    """The server program at this path. Raises NoServer."""
+    version = _version_of(path)
+    if version is None or version < MIN_VERSION:
+        found = "cannot be run" if version is None else f"has version {'.'.join(map(str, version))}"
+        raise NoServer(f"{path} {found}. Give the path of a Redis or Valkey server, 6.2 or newer.")
+    return ServerBinary(path, version, path.name)
+
+
 def _platform_tag() -> str:
     system, machine = platform.system().lower(), platform.machine().lower()
     machine = {"amd64": "x86_64", "arm64": "aarch64" if system == "linux" else "arm64"}.get(machine, machine)
@@ -133,8 +142,8 @@ class EmbeddedServer:
             self._finalizer = weakref.finalize(self, _terminate, process)
 
     @classmethod
-    def start(cls, state_dir: Path) -> EmbeddedServer:
-        """The live server of this state directory, or a new one.
+    def start(cls, state_dir: Path, binary: ServerBinary | None = None) -> EmbeddedServer:
+        """The live server of this state directory, or a new one. binary: the program of a new one; None: `find_binary`'s.
 
         Raises NoServer if there is no program to start, or if it does not start; then with the end of its log.
         """
@@ -143,8 +152,7 @@ class EmbeddedServer:
             with _locked(state_dir / "server.lock"):
                 if (record := _live_record(state_dir)) is not None:
                     return cls(record, None)
-                binary = find_binary()
-                return _start(state_dir, binary)
+                return _start(state_dir, binary or find_binary())
         except OSError as error:
             raise NoServer(
                 f"The state directory {state_dir} cannot be used ({error}). Set GLMQ_STATE_DIR to a directory that can be written."
