@@ -5,10 +5,12 @@ Pure: pydantic and the standard library, no I/O. It imports nothing else of this
 
 from producer.contract.errors import (
     ConversationBusy,
+    DocumentEnded,
     GlmqError,
     IdempotencyConflict,
     InvalidRequest,
     InvalidSetting,
+    NotDead,
     RedisUnavailable,
     RequestCancelled,
     RequestFailed,
@@ -42,6 +44,7 @@ from producer.contract.requests import (
 __all__ = [
     "ChatRequest",
     "ConversationBusy",
+    "DocumentEnded",
     "Event",
     "Failed",
     "Finished",
@@ -50,6 +53,7 @@ __all__ = [
     "IdempotencyConflict",
     "InvalidRequest",
     "InvalidSetting",
+    "NotDead",
     "Progress",
     "RedisUnavailable",
     "Request",

@@ -10,6 +10,8 @@
     ├── ConversationBusy         an answer is in progress in this conversation; names its request
     ├── UnknownConversation      no such conversation: never begun, forgotten, or its lifetime is over
     ├── UnknownRequest           no such request: never submitted, or its lifetime is over
+    ├── NotDead                  this request is no dead letter; says what it is
+    ├── DocumentEnded            a piece cannot be tried again: its document has ended; names it
     ├── StreamGone               the events after this token index are no longer kept
     ├── RequestFailed            the request ended in `Failed`; carries its code
     └── RequestCancelled         the request was cancelled; carries the text so far
@@ -115,10 +117,10 @@ class ConversationBusy(GlmqError):
 
     code = "conversation_busy"
 
-    def __init__(self, conversation_id: str, request_id: str) -> None:
+    def __init__(self, conversation_id: str | None, request_id: str) -> None:
+        name = "the conversation" if conversation_id is None else repr(conversation_id)
         super().__init__(
-            f"conversation_id: {conversation_id!r} is busy with request {request_id}. "
-            "Wait for its answer, or cancel it."
+            f"conversation_id: {name} is busy with request {request_id}. Wait for its answer, or cancel it."
         )
         self.conversation_id = conversation_id
         self.request_id = request_id
@@ -144,6 +146,29 @@ class UnknownRequest(GlmqError, LookupError):
             "It was never submitted, or it ended longer ago than results are kept."
         )
         self.request_id = request_id
+
+
+class NotDead(GlmqError):
+    """Only a dead letter can be shown, tried again or dropped as one."""
+
+    def __init__(self, request_id: str, state: str) -> None:
+        super().__init__(
+            f"request_id: {request_id!r} is {state}, not a dead letter. `glmq dead list` has those that are."
+        )
+        self.request_id = request_id
+        self.state = state
+
+
+class DocumentEnded(GlmqError):
+    """A piece of a text does not go on without its document."""
+
+    def __init__(self, request_id: str, document_id: str) -> None:
+        super().__init__(
+            f"request_id: {request_id!r} is a piece of {document_id!r}, which has failed with it. "
+            "Submit the whole text again, and drop this one."
+        )
+        self.request_id = request_id
+        self.document_id = document_id
 
 
 class StreamGone(GlmqError, LookupError):

@@ -24,7 +24,9 @@ key                                     type       content and lifetime
 {ns}:conversations                      zset       names of conversations by the time (ms) at which they expire (+inf
                                                    while an answer is in progress); pruned when read or written
 {ns}:rejected:<model>                   hash       reason → submissions refused at the door or expired in the queue; no expiry
-{ns}:dead                               zset       ids of requests that failed at too many attempts, by the time (ms)
+{ns}:dead                               zset       dead letters: ids of requests that were lost at too many attempts, by
+                                                   the time (ms); at most 1,000, the oldest make room. Their requests
+                                                   and events do not expire before they are dropped
 {ns}:push:<reader>                      channel    events of all requests that this reader process follows: lines of
                                                    R, id of the entry before, id of the entry, event; tabs between
 {ns}:control:<worker>                   channel    commands (`contract.control`): `cancel R`, `look`, or a verb and JSON
@@ -35,7 +37,8 @@ key                                     type       content and lifetime
 Fields of a request: `request` (JSON), `digest` (of the body as it was submitted), `state` (queued, running, waiting, done, failed,
 cancelled, dead), `model`, `tenant`, `priority`, `attempt` (the fencing token), `worker`, `started` (the attempt whose Started is in the stream),
 `count` (answer tokens emitted), `last` (id of the stream's last entry), `readers` (comma-separated), `cancel` (1 when asked for),
-`retention` (ms), and times in ms on Redis' clock: `submitted`, `claimed` (first), `deadline`, `ended`. One that belongs to a conversation
+`count_before` (tokens when its last attempt began), `failures` (attempts in a row that were lost without a new token), `losses` (JSON: time, attempt,
+worker, tokens and what happened, of the last lost attempts), `retention` (ms), and times in ms on Redis' clock: `submitted`, `claimed` (first), `deadline`, `ended`. One that belongs to a conversation
 also has `conversation` (C), and from its first prompt on `memory` (JSON): what that prompt consists of, so that every attempt builds the same.
 A text that is too long for the context is a document: from its first split on it has `levels` (numbers of pieces, comma-separated), `left` (pieces
 of the last level that are not done), and of all pieces that are done `pieces`, `piece_prompt_tokens`, `piece_completion_tokens`. Its pieces are requests
@@ -57,6 +60,8 @@ RETENTION_SECONDS = 600
 IDEMPOTENCY_SECONDS = 86_400
 CONVERSATION_SECONDS = 30 * 86_400
 """How long a conversation is kept after its last turn."""
+MAX_ATTEMPTS = 3
+"""Attempts in a row that may be lost without a new token; then a request is a dead letter."""
 WORKER_SECONDS = 10
 """A worker that has not been heard of for so long is not shown any more."""
 
@@ -115,6 +120,10 @@ class Keys:
     @property
     def workers(self) -> str:
         return f"{self.prefix}workers"
+
+    @property
+    def dead(self) -> str:
+        return f"{self.prefix}dead"
 
     def push(self, reader: str) -> str:
         return f"{self.prefix}push:{reader}"

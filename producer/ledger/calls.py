@@ -19,8 +19,10 @@ from urllib.parse import quote
 from producer.contract.conversation import ArchivedTurn
 from producer.contract.errors import (
     ConversationBusy,
+    DocumentEnded,
     IdempotencyConflict,
     InvalidRequest,
+    NotDead,
     UnknownConversation,
     UnknownRequest,
 )
@@ -28,6 +30,7 @@ from producer.contract.events import Event, Failed, Finished, Started, Token, de
 from producer.contract.keys import (
     CONVERSATION_SECONDS,
     IDEMPOTENCY_SECONDS,
+    MAX_ATTEMPTS,
     RETENTION_SECONDS,
     WORKER_SECONDS,
     conversation_name,
@@ -378,6 +381,8 @@ class Claim:
     pieces: Pieces = Pieces()
     is_piece: bool = False
     """Of a document."""
+    failures: int = 0
+    """Attempts in a row before this one that were lost without a new token."""
 
 
 def claim(model: str, worker: str, lease_seconds: float) -> Call[Claim | None]:
@@ -386,7 +391,9 @@ def claim(model: str, worker: str, lease_seconds: float) -> Call[Claim | None]:
     def parse(answer: list[Any]) -> Claim | None:
         if answer[0] == 0:
             return None
-        _, request_id, attempt, request, waited, left, items, age, (levels, *counts, document) = answer
+        _, request_id, attempt, request, waited, left, items, age, (levels, *counts, document, failures) = (
+            answer
+        )
         tokens = [event for _, data in _entries(items) if isinstance(event := decode_event(data), Token)]
         return Claim(
             request_id,
@@ -402,6 +409,7 @@ def claim(model: str, worker: str, lease_seconds: float) -> Call[Claim | None]:
                 *(int(count or 0) for count in counts),
             ),
             document is not None,
+            int(failures or 0),
         )
 
     return Call(
@@ -467,9 +475,39 @@ def release(request_id: str, attempt: int) -> Call[bool]:
     return Call("release", [request_id, attempt, _CANCELLED], lambda code: bool(code == 1))
 
 
-def reap(at_most: int = 100) -> Call[list[str]]:
-    """Put requests whose leases have run out back into the queue, at their old places. Answers their ids."""
-    return Call("reap", [at_most, _CANCELLED], list)
+LossOutcome = Literal["kept", "queued", "ended", "fenced"]
+_LOSS_OUTCOMES: Final[dict[int, LossOutcome]] = {2: "kept", 1: "queued", 0: "ended", -1: "fenced"}
+
+
+def lose(
+    request_id: str,
+    attempt: int,
+    what: str,
+    *,
+    max_attempts: int = MAX_ATTEMPTS,
+    num_before: int = 0,
+    keep: bool = False,
+    is_trial: bool = False,
+) -> Call[LossOutcome]:
+    """The engine died with this attempt: it counts against the request if it brought no new token, or was a trial.
+
+    what: happened, as part of a sentence. num_before: how often it was lost in this attempt before. keep: the request stays this
+    worker's, which tries it alone; otherwise it goes back to the queue. is_trial: it was alone in the engine. The outcome `ended` is a
+    dead letter, or cancelled.
+    """
+    return Call(
+        "lose",
+        [request_id, attempt, num_before, what, max_attempts, int(keep), int(is_trial), _CANCELLED],
+        lambda code: _LOSS_OUTCOMES[code],
+    )
+
+
+def reap(at_most: int = 100, max_attempts: int = MAX_ATTEMPTS) -> Call[list[str]]:
+    """Put requests whose leases have run out back into the queue, at their old places. Answers their ids.
+
+    Those that were lost `max_attempts` times in a row without a new token are dead letters instead.
+    """
+    return Call("reap", [at_most, _CANCELLED, max_attempts], list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -549,6 +587,129 @@ def pieces(request_id: str, *, level: int, number: int) -> Call[list[Event | Non
         "pieces",
         [request_id, level, number],
         lambda answer: [None if event is None else decode_event(event) for event in answer],
+    )
+
+
+# --- dead letters ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """One attempt that was lost."""
+
+    attempt: int
+    worker: str
+    num_tokens: int
+    """That the answer had by then."""
+    what: str
+    """What happened."""
+    time: float
+    """Unix seconds on Redis' clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A request that was lost at too many attempts. Times are Unix seconds on Redis' clock."""
+
+    request_id: str
+    model: str
+    tenant: str
+    kind: str
+    attempts: int
+    """How often it has been claimed."""
+    num_tokens: int
+    """Answer tokens emitted so far."""
+    submitted_at: float
+    died_at: float
+    losses: list[Loss]
+    """The last ones, oldest first."""
+    request: str
+    """The request's JSON, as `decode_request` reads it."""
+
+
+class DeadLettersPage(NamedTuple):
+    """Some of the dead letters, the latest first."""
+
+    next: int | None
+    """Where the next page begins; None: this was the last."""
+    letters: list[DeadLetter]
+
+
+def dead_letters(*, at: int = 0, num_looked_at: int = 100) -> Call[DeadLettersPage]:
+    """One page of the dead letters. A page may be empty and not the last."""
+
+    def parse(answer: tuple[int, list[Any]]) -> DeadLettersPage:
+        following, found = answer
+        letters = [_dead_letter(request_id, _pairs(flat)) for request_id, flat in found]
+        return DeadLettersPage(None if following < 0 else following, letters)
+
+    return Call("dead", [at, num_looked_at], parse)
+
+
+def dead_letter(request_id: str) -> Call[DeadLetter]:
+    """One dead letter. Raises UnknownRequest, and NotDead if it is none."""
+
+    def parse(answer: tuple[Any, int]) -> DeadLetter:
+        fields = _pairs(answer[0])
+        _check_dead(request_id, fields.get("state"))
+        return _dead_letter(request_id, fields)
+
+    return Call("status", [request_id], parse)
+
+
+def retry_dead(request_id: str, *, conversation_seconds: float = CONVERSATION_SECONDS) -> Call[None]:
+    """Queue a dead letter again, under its id; it goes on from its last token, and its deadline does not count any more.
+
+    conversation_seconds: lifetime of the conversation that it begins. Raises UnknownRequest, NotDead, ConversationBusy, and
+    DocumentEnded for a piece.
+    """
+
+    def parse(answer: list[Any] | None) -> None:
+        code, name = (0, None) if answer is None else (answer[0], (*answer[1:], None)[0])
+        if code == -1:
+            raise ConversationBusy(None, str(name))
+        if code == -2:
+            raise DocumentEnded(request_id, str(name))
+        if code != 1:
+            _check_dead(request_id, name)
+
+    return Call("retry", [request_id, _ms(conversation_seconds)], parse)
+
+
+def drop_dead(request_id: str) -> Call[None]:
+    """Let a dead letter expire like any request that has ended. Raises UnknownRequest, NotDead."""
+    return Call("drop", [request_id], lambda state: _check_dead(request_id, state))
+
+
+def _check_dead(request_id: str, state: str | None) -> None:
+    if state is None:
+        raise UnknownRequest(request_id)
+    if state != "dead":
+        raise NotDead(request_id, state)
+
+
+def _dead_letter(request_id: str, fields: Mapping[str, str]) -> DeadLetter:
+    losses = json.loads(fields.get("losses", "[]"))
+    return DeadLetter(
+        request_id=request_id,
+        model=fields["model"],
+        tenant=fields["tenant"],
+        kind=str(json.loads(fields["request"]).get("kind", "unknown")),
+        attempts=int(fields["attempt"]),
+        num_tokens=int(fields["count"]),
+        submitted_at=int(fields["submitted"]) / 1000,
+        died_at=int(fields["ended"]) / 1000,
+        losses=[
+            Loss(
+                attempt=loss["attempt"],
+                worker=loss["worker"],
+                num_tokens=loss["tokens"],
+                what=loss["what"],
+                time=loss["time"] / 1000,
+            )
+            for loss in losses
+        ],
+        request=fields["request"],
     )
 
 

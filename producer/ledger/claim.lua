@@ -2,7 +2,7 @@
 -- ARGV: model, worker, lease in ms, Failed event for a request whose deadline passed in the queue
 -- Answers {1, id, attempt, request, ms in the queue before the first claim, ms until the deadline (-1: none), events so far,
 --          ms since submit, {pieces of each level so far, and of them all: number, prompt tokens, completion tokens;
---          the document that it is a piece of}},
+--          the document that it is a piece of; attempts in a row that brought no token}},
 -- {0} when there is no work, {2} when it only cleared away requests whose time was over: call again.
 -- An attempt limit and fair shares between tenants will be decided here.
 
@@ -39,7 +39,7 @@ for _ = 1, 100 do
     publish_pushes()
     return {1, id, attempt, fields[5], waited, deadline and deadline - now or -1, events, now - tonumber(fields[4]),
       redis.call('HMGET', key, 'levels', 'pieces', 'piece_prompt_tokens', 'piece_completion_tokens',
-        'document')}
+        'document', 'failures')}
   end
 end
 publish_pushes()

@@ -4,8 +4,17 @@
 
 local name, cancelled = ARGV[1], ARGV[2]
 local fields = redis.call('HMGET', conversation_key(name), 'id', 'busy', 'folding', 'folded')
+-- Dead letters do not expire, and one that was to begin the conversation has left nothing else of it.
+local num_dead = 0
+for _, id in ipairs(redis.call('ZRANGE', dead_key, 0, -1)) do
+  if redis.call('HGET', request_key(id), 'conversation') == name then
+    redis.call('DEL', request_key(id), events_key(id))
+    redis.call('ZREM', dead_key, id)
+    num_dead = num_dead + 1
+  end
+end
 if not fields[1] then
-  return 0
+  return num_dead > 0 and 1 or 0
 end
 local num_turns = redis.call('LLEN', turns_key(name))
 -- From the latest turn back to where requests are not kept any more.

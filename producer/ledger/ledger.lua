@@ -17,6 +17,11 @@ local dead_key = prefix .. 'dead'
 local conversations_key = prefix .. 'conversations'
 local workers_key = prefix .. 'workers'
 
+-- So many dead letters are kept; the oldest make room.
+local MAX_DEAD = 1000
+-- So many lost attempts are told of, the last ones.
+local MAX_LOSSES = 20
+
 -- A Finished event to fill in, for pieces that end with their document.
 local CANCELLED = '{"version":1,"type":"finished","reason":"cancelled","text":"","usage":{"prompt_tokens":0},"timings":{"queue_seconds":0}}'
 
@@ -103,6 +108,14 @@ local function hold_conversation(name)
   redis.call('PERSIST', conversation_key(name))
   redis.call('PERSIST', turns_key(name))
   redis.call('ZADD', conversations_key, '+inf', name)
+end
+
+-- A request is to make the conversation's next turn.
+local function begin_answer(id, name, conversation_id, tenant, model, lifetime, now)
+  local key = conversation_key(name)
+  redis.call('HSETNX', key, 'created', now)
+  redis.call('HSET', key, 'id', conversation_id, 'tenant', tenant, 'model', model, 'lifetime', lifetime, 'updated', now, 'busy', id)
+  hold_conversation(name)
 end
 
 -- Its lifetime begins anew. Others whose lifetime is over are not counted any more.
@@ -223,6 +236,26 @@ local function end_pieces(id, levels, retention)
   end
 end
 
+-- A dead letter is not kept for somebody to look at any more: it expires like any request that has ended.
+local function drop_dead(id)
+  redis.call('ZREM', dead_key, id)
+  local retention = redis.call('HGET', request_key(id), 'retention')
+  if retention then
+    redis.call('PEXPIRE', request_key(id), retention)
+    redis.call('PEXPIRE', events_key(id), retention)
+  end
+end
+
+-- A request is a dead letter from now on, and does not expire.
+local function keep_dead(id, now)
+  redis.call('PERSIST', request_key(id))
+  redis.call('PERSIST', events_key(id))
+  redis.call('ZADD', dead_key, now, id)
+  for _, oldest in ipairs(redis.call('ZRANGE', dead_key, 0, -MAX_DEAD - 1)) do
+    drop_dead(oldest)
+  end
+end
+
 -- The last event; whoever calls has checked that the request may end now.
 function end_request(id, state, event, now)
   local key = request_key(id)
@@ -252,8 +285,10 @@ function end_request(id, state, event, now)
   if fields[9] then
     end_piece(id, fields[9], state, event, now)
   end
-  -- The document reads the results of its pieces when all of them are there.
-  if not is_live(fields[9]) then
+  if state == 'dead' then
+    keep_dead(id, now)
+  elseif not is_live(fields[9]) then
+    -- The document reads the results of its pieces when all of them are there.
     redis.call('PEXPIRE', key, fields[5])
     redis.call('PEXPIRE', events_key(id), fields[5])
   end
@@ -301,6 +336,61 @@ function cancel_request(id, template)
   return fields[1]
 end
 
+-- An attempt is over, and the request is not. Answers how many attempts in a row have brought no new token; `more` is what this one adds to
+-- them if it brought none.
+local function count_failures(id, more)
+  local key = request_key(id)
+  local fields = redis.call('HMGET', key, 'count', 'count_before', 'failures')
+  local failures = tonumber(fields[3]) or 0
+  if tonumber(fields[1]) > (tonumber(fields[2]) or 0) then
+    failures = 0
+    redis.call('HSET', key, 'count_before', fields[1])
+  else
+    failures = failures + more
+  end
+  if failures ~= (tonumber(fields[3]) or 0) then
+    redis.call('HSET', key, 'failures', failures)
+  end
+  return failures
+end
+
+-- Too many attempts were lost. A fold is no letter: it is asked for again after a later turn.
+local function die(id, failures, what)
+  local now = now_ms()
+  local conversation = redis.call('HGET', request_key(id), 'conversation')
+  local is_fold = conversation and redis.call('HGET', conversation_key(conversation), 'folding') == id
+  end_request(id, is_fold and 'failed' or 'dead', cjson.encode({version = 1, type = 'failed', code = 'dead_letter',
+    message = failures .. ' attempts in a row were lost without a new token; at the last one ' .. what .. '. `glmq dead show ' .. id
+      .. '` tells of each, `glmq dead retry ' .. id .. '` tries again from the last token.'}), now)
+end
+
+-- A running request's attempt is lost: `what` happened to its worker or engine. It becomes a dead letter if that was one attempt too many, and ends if
+-- a cancellation is asked for (`template` as in requeue). `is_trial`: it ran alone, so that it counts whatever it brought.
+-- Answers whether the request still lives; the caller decides where.
+local function lose_attempt(id, what, max_attempts, is_trial, template)
+  local key = request_key(id)
+  local fields = redis.call('HMGET', key, 'worker', 'attempt', 'count', 'cancel', 'losses')
+  if fields[4] then
+    end_cancelled(id, template, now_ms())
+    return false
+  end
+  local losses = fields[5] and cjson.decode(fields[5]) or {}
+  losses[#losses + 1] = {time = now_ms(), attempt = tonumber(fields[2]), worker = fields[1], tokens = tonumber(fields[3]), what = what}
+  if #losses > MAX_LOSSES then
+    table.remove(losses, 1)
+  end
+  redis.call('HSET', key, 'losses', cjson.encode(losses))
+  if is_trial then
+    redis.call('HSET', key, 'count_before', fields[3])
+  end
+  local failures = count_failures(id, 1)
+  if failures >= max_attempts then
+    die(id, failures, what)
+    return false
+  end
+  return true
+end
+
 -- Running → queued, at its old place; whoever claims it goes on from its last token. If a cancellation is asked for, it ends instead.
 local function requeue(id, template)
   local key = request_key(id)
@@ -309,6 +399,7 @@ local function requeue(id, template)
     end_cancelled(id, template, now_ms())
     return
   end
+  count_failures(id, 0)
   redis.call('HSET', key, 'state', 'queued', 'worker', '')
   redis.call('ZREM', leases_key, id)
   redis.call('SREM', running_key(fields[1]), id)

@@ -1,14 +1,19 @@
 -- Requests whose worker has let their lease run out go back to the queue, at their old place; the next claim goes on from their last token.
--- ARGV: how many at most, Finished event to fill in
+-- ARGV: how many at most, Finished event to fill in, attempts in a row that may be lost without a new token
 -- Answers their ids. The worker that had them finds out by its next call, which is fenced once somebody has claimed them.
+-- One that was lost too often becomes a dead letter instead.
 
 local reaped = redis.call('ZRANGEBYSCORE', leases_key, '-inf', now_ms(), 'LIMIT', 0, ARGV[1])
 for _, id in ipairs(reaped) do
-  if redis.call('HGET', request_key(id), 'state') == 'running' then
-    requeue(id, ARGV[2])
-  else
+  local fields = redis.call('HMGET', request_key(id), 'state', 'worker')
+  if fields[1] ~= 'running' then
     redis.call('ZREM', leases_key, id)
+  elseif lose_attempt(id, 'its worker ' .. fields[2] .. ' fell silent', tonumber(ARGV[3]), false, ARGV[2]) then
+    requeue(id, ARGV[2])
   end
+end
+if reaped[1] then
+  call_workers()
 end
 publish_pushes()
 return reaped

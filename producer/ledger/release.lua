@@ -8,5 +8,6 @@ if fields[1] ~= 'running' or fields[2] ~= attempt then
   return -1
 end
 requeue(id, cancelled)
+call_workers()
 publish_pushes()
 return 1

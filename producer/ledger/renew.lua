@@ -11,6 +11,8 @@ if num_about > 0 then
   redis.call('PEXPIRE', worker_key(worker), lifetime)
 end
 redis.call('ZADD', workers_key, now, worker)
+-- Those that were killed: whoever calls the workers need not call them.
+redis.call('ZREMRANGEBYSCORE', workers_key, '-inf', '(' .. (now - tonumber(lifetime)))
 for i = 5 + num_about, #ARGV, 2 do
   local id, attempt = ARGV[i], ARGV[i + 1]
   local fields = redis.call('HMGET', request_key(id), 'state', 'attempt', 'cancel')

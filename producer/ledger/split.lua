@@ -31,6 +31,7 @@ for number = 1, total do
   end
 end
 redis.call('HSET', key, 'state', 'waiting', 'worker', '', 'levels', levels == '' and total or levels .. ',' .. total, 'left', total)
+redis.call('HDEL', key, 'failures')
 redis.call('ZREM', leases_key, id)
 redis.call('SREM', running_key(fields[8]), id)
 append_progress(id, level, 0, total)
