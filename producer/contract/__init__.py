@@ -5,12 +5,14 @@ Pure: pydantic and the standard library, no I/O. It imports nothing else of this
 
 from producer.contract.errors import (
     ConversationBusy,
+    DeadlineUnmeetable,
     DocumentEnded,
     GlmqError,
     IdempotencyConflict,
     InvalidRequest,
     InvalidSetting,
     NotDead,
+    QueueFull,
     RedisUnavailable,
     RequestCancelled,
     RequestFailed,
@@ -44,6 +46,7 @@ from producer.contract.requests import (
 __all__ = [
     "ChatRequest",
     "ConversationBusy",
+    "DeadlineUnmeetable",
     "DocumentEnded",
     "Event",
     "Failed",
@@ -55,6 +58,7 @@ __all__ = [
     "InvalidSetting",
     "NotDead",
     "Progress",
+    "QueueFull",
     "RedisUnavailable",
     "Request",
     "RequestCancelled",

@@ -8,6 +8,8 @@
     ├── RedisUnavailable         Redis could not be reached; says which address was tried
     ├── IdempotencyConflict      the same idempotency key was used for a different request
     ├── ConversationBusy         an answer is in progress in this conversation; names its request
+    ├── QueueFull                the queue has no room for this request; says when it will
+    ├── DeadlineUnmeetable       the request's turn would come after its deadline; says when it would
     ├── UnknownConversation      no such conversation: never begun, forgotten, or its lifetime is over
     ├── UnknownRequest           no such request: never submitted, or its lifetime is over
     ├── NotDead                  this request is no dead letter; says what it is
@@ -124,6 +126,47 @@ class ConversationBusy(GlmqError):
         )
         self.conversation_id = conversation_id
         self.request_id = request_id
+
+
+class QueueFull(GlmqError):
+    """The queue has no room for this request now. Nothing of it was kept; `retry_after` seconds from now there is room, by estimate."""
+
+    code = "queue_full"
+
+    def __init__(self, model: str, tenant: str | None, retry_after: float, bound: str) -> None:
+        whose = (
+            f"the queue of {model!r}"
+            if tenant is None
+            else f"tenant {tenant!r}'s part of the queue of {model!r}"
+        )
+        super().__init__(
+            f"{whose} is full ({bound}). Submit the same request again in {retry_after:.1f} s, "
+            + (
+                "or give the model more workers."
+                if tenant is None
+                else "or raise its bound: `glmq tenants set`."
+            )
+        )
+        self.tenant = tenant
+        """Whose part is full; None: the whole queue."""
+        self.retry_after = retry_after
+        self.bound = bound
+
+
+class DeadlineUnmeetable(GlmqError):
+    """A request's turn would come after its deadline, by estimate. Nothing of it was kept."""
+
+    code = "deadline_unmeetable"
+
+    def __init__(self, model: str, deadline_seconds: float, wait_seconds: float) -> None:
+        super().__init__(
+            f"deadline_seconds: {deadline_seconds:g} s are not enough: requests of this kind wait {wait_seconds:.1f} s in the queue "
+            f"of {model!r} now. Give it more time or a more urgent priority, or submit it again in {wait_seconds - deadline_seconds:.1f} s."
+        )
+        self.wait_seconds = wait_seconds
+        """Until its turn, by estimate."""
+        self.retry_after = wait_seconds - deadline_seconds
+        """Seconds after which the deadline can be met, if nothing more urgent comes."""
 
 
 class UnknownConversation(GlmqError, LookupError):

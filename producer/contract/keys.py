@@ -11,6 +11,15 @@ key                                     type       content and lifetime
 {ns}:events:R                           stream     its events, id `<token index>-<n>`, one field, `event` (JSON);
                                                    same lifetime
 {ns}:queue:<model>                      zset       queued request ids by (priority, age); no expiry
+{ns}:queued:<priority>:<model>|<tenant> zset       those of one tenant and priority by age; no expiry, empty when none is queued
+{ns}:shares:<model>                     zset       `<priority>|<tenant>` by (priority, virtual time), for each tenant with something
+                                                   queued at that priority that may run; no expiry
+{ns}:usage:<model>|<tenant>             hash       what a tenant has here (fields below); an hour after nothing is
+{ns}:load:<model>                       hash       what a queue has and how fast it drains (fields below); no expiry
+{ns}:deadlines                          zset       queued ids by deadline (ms), where they have one; no expiry
+{ns}:promised:<model>                   zset       `<tenant>|<digest>` of refused submissions by the time (ms) at which they may
+                                                   come back; a minute. `{ns}:promised:<model>|<tenant>`: by one tenant's bound
+{ns}:tenants                            hash       tenant → `TenantSettings` (JSON); no expiry
 {ns}:leases                             zset       running request ids by the time (ms) at which their lease ends;
                                                    no expiry
 {ns}:running:<worker>                   set        request ids that this worker has claimed; no expiry, empty when idle
@@ -38,11 +47,16 @@ Fields of a request: `request` (JSON), `digest` (of the body as it was submitted
 cancelled, dead), `model`, `tenant`, `priority`, `attempt` (the fencing token), `worker`, `started` (the attempt whose Started is in the stream),
 `count` (answer tokens emitted), `last` (id of the stream's last entry), `readers` (comma-separated), `cancel` (1 when asked for),
 `count_before` (tokens when its last attempt began), `failures` (attempts in a row that were lost without a new token), `losses` (JSON: time, attempt,
-worker, tokens and what happened, of the last lost attempts), `retention` (ms), and times in ms on Redis' clock: `submitted`, `claimed` (first), `deadline`, `ended`. One that belongs to a conversation
+worker, tokens and what happened, of the last lost attempts), `retention` (ms), `tokens` (that it will take, by estimate), `charged` (those for which its tenant was charged, from its first claim to its end), and times in ms on Redis' clock: `submitted`, `claimed` (first), `deadline`, `ended`. One that belongs to a conversation
 also has `conversation` (C), and from its first prompt on `memory` (JSON): what that prompt consists of, so that every attempt builds the same.
 A text that is too long for the context is a document: from its first split on it has `levels` (numbers of pieces, comma-separated), `left` (pieces
 of the last level that are not done), and of all pieces that are done `pieces`, `piece_prompt_tokens`, `piece_completion_tokens`. Its pieces are requests
 `<R>.<level>.<number>` with `document` (R) and, once one has failed, `retried` (the attempt); they are kept as long as it lives, then as long as itself.
+
+Fields of a tenant's usage: `time` (virtual: tokens that it has had, divided by its weight), `running`, `queued`, `queued_tokens`, `held` (1 while it has as
+much running as it may) and, as of a queue's load: `drained` (tokens of answers that ended while something was queued) in `drained_ms`, both fading within
+a minute of such time, `drained_at` (ms: counted up to here). A load also has `tokens:<priority>` (queued), `time` (the greatest of any tenant) and `claims`
+(since something aged was looked for).
 
 Fields of a conversation: `id`, `tenant`, `model` (of its last request), `lifetime` (ms), `summary`, `summary_tokens`, `covered` (the summary
 stands for so many turns, counted from the first), `context_len` (tokens, of the model that answered last), `busy` (the request that is being
@@ -93,6 +107,29 @@ class Keys:
 
     def queue(self, model: str) -> str:
         return f"{self.prefix}queue:{model}"
+
+    def queued(self, model: str, priority: int, tenant: str) -> str:
+        return f"{self.prefix}queued:{priority}:{model}|{tenant}"
+
+    def shares(self, model: str) -> str:
+        return f"{self.prefix}shares:{model}"
+
+    def usage(self, model: str, tenant: str) -> str:
+        return f"{self.prefix}usage:{model}|{tenant}"
+
+    def load(self, model: str) -> str:
+        return f"{self.prefix}load:{model}"
+
+    @property
+    def deadlines(self) -> str:
+        return f"{self.prefix}deadlines"
+
+    def promised(self, model: str) -> str:
+        return f"{self.prefix}promised:{model}"
+
+    @property
+    def tenants(self) -> str:
+        return f"{self.prefix}tenants"
 
     @property
     def leases(self) -> str:

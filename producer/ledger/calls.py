@@ -19,10 +19,12 @@ from urllib.parse import quote
 from producer.contract.conversation import ArchivedTurn
 from producer.contract.errors import (
     ConversationBusy,
+    DeadlineUnmeetable,
     DocumentEnded,
     IdempotencyConflict,
     InvalidRequest,
     NotDead,
+    QueueFull,
     UnknownConversation,
     UnknownRequest,
 )
@@ -36,6 +38,13 @@ from producer.contract.keys import (
     conversation_name,
 )
 from producer.contract.requests import ChatRequest, FoldRequest, Request, SummaryRequest, encode_request
+from producer.contract.tenants import (
+    DEFAULT_BOUNDS,
+    DEFAULT_ORDER,
+    QueueBounds,
+    QueueOrder,
+    estimate_tokens,
+)
 
 T = TypeVar("T")
 
@@ -45,12 +54,6 @@ FINAL_STATES: Final = frozenset({"done", "failed", "cancelled", "dead"})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 _CANCELLED: Final = encode_event(Finished(reason="cancelled", text=""))
 """Filled in by the script when a request is cancelled that no worker has."""
-_TOO_LATE: Final = encode_event(
-    Failed(
-        code="deadline_exceeded",
-        message="Its deadline passed while it waited in the queue. Give it more time, a more urgent priority, or the model more workers.",
-    )
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +91,13 @@ def submit(
     retention_seconds: float = RETENTION_SECONDS,
     idempotency_seconds: float = IDEMPOTENCY_SECONDS,
     conversation_seconds: float = CONVERSATION_SECONDS,
+    bounds: QueueBounds = DEFAULT_BOUNDS,
 ) -> Call[Submitted]:
     """Queue a request for `request.model`, or `model` if it names none. A missing seed is drawn here, once.
 
     Safe to repeat: the same id or the same (tenant, idempotency key) with the same body is the same request. With a
     different body the call raises IdempotencyConflict. ConversationBusy while another answer of its conversation is in progress.
+    QueueFull beyond a bound, DeadlineUnmeetable if its turn would come too late; neither uses up the key.
     """
     if isinstance(request, FoldRequest):
         raise InvalidRequest("kind", "'fold' is made by workers alone", "Submit a chat or a summary.")
@@ -109,8 +114,20 @@ def submit(
         sampling = resolved.sampling.model_copy(update={"seed": secrets.randbits(63)})
         resolved = resolved.model_copy(update={"sampling": sampling})
 
-    def parse(answer: tuple[int, str]) -> Submitted:
-        code, known_id = answer
+    encoded = encode_request(resolved)
+
+    def parse(answer: list[Any]) -> Submitted:
+        code, known_id = answer[:2]
+        if code == -3:
+            _, _, wait_ms, what, bound = answer
+            raise QueueFull(
+                model,
+                request.tenant if known_id == "tenant_queue_full" else None,
+                wait_ms / 1000,
+                f"{bound} {what}",
+            )
+        if code == -4:
+            raise DeadlineUnmeetable(model, request.deadline_seconds or 0, known_id / 1000)
         if code == -1:
             raise IdempotencyConflict(own_id if idempotency_key is None else idempotency_key, known_id)
         if code == -2:
@@ -126,7 +143,7 @@ def submit(
             model,
             request.tenant,
             request.priority,
-            encode_request(resolved),
+            encoded,
             0 if request.deadline_seconds is None else max(1, _ms(request.deadline_seconds)),
             _ms(retention_seconds),
             "" if idempotency_key is None else quote(idempotency_key, safe=""),
@@ -134,6 +151,11 @@ def submit(
             "" if conversation_id is None else conversation_name(request.tenant, conversation_id),
             conversation_id or "",
             _ms(conversation_seconds),
+            estimate_tokens(resolved, encoded),
+            bounds.max_queued,
+            bounds.max_queued_tokens,
+            bounds.tenant_max_queued,
+            bounds.tenant_max_queued_tokens,
         ],
         parse,
     )
@@ -385,8 +407,13 @@ class Claim:
     """Attempts in a row before this one that were lost without a new token."""
 
 
-def claim(model: str, worker: str, lease_seconds: float) -> Call[Claim | None]:
-    """Take the most urgent request of a model, of equally urgent ones the oldest. None: there is no work."""
+def claim(
+    model: str, worker: str, lease_seconds: float, order: QueueOrder = DEFAULT_ORDER
+) -> Call[Claim | None]:
+    """Take the request whose turn it is: priority, then fair share of tokens between tenants, then age. None: there is no work.
+
+    Of what waits longer than `order.ageing_seconds`, some goes first now and then although it is less urgent.
+    """
 
     def parse(answer: list[Any]) -> Claim | None:
         if answer[0] == 0:
@@ -414,7 +441,14 @@ def claim(model: str, worker: str, lease_seconds: float) -> Call[Claim | None]:
 
     return Call(
         "claim",
-        [model, _checked_name("worker", worker), _ms(lease_seconds), _TOO_LATE],
+        [
+            model,
+            _checked_name("worker", worker),
+            _ms(lease_seconds),
+            order.tenant_max_running,
+            _ms(order.ageing_seconds),
+            order.ageing_claims,
+        ],
         parse,
         again=lambda answer: bool(answer[0] == 2),
     )
@@ -576,7 +610,13 @@ def split(
     """
     return Call(
         "split",
-        [request_id, attempt, level, priority, *map(encode_request, pieces)],
+        [
+            request_id,
+            attempt,
+            level,
+            priority,
+            *(part for piece in pieces for part in _with_estimate(piece)),
+        ],
         lambda answer: Split(_SPLIT_OUTCOMES[answer[0]], *answer[1:]),
     )
 
@@ -773,6 +813,7 @@ def fold(
 
     False, and nothing is done: one is in progress, the summary covers other turns by now, or the conversation is gone.
     """
+    encoded, tokens = _with_estimate(request)
     return Call(
         "fold",
         [
@@ -781,10 +822,11 @@ def fold(
             model,
             request.tenant,
             request.priority,
-            encode_request(request),
+            encoded,
             _ms(retention_seconds),
             conversation_name(request.tenant, request.conversation_id),
             request.first,
+            tokens,
         ],
         bool,
     )
@@ -928,6 +970,12 @@ def _checked_name(field: str, value: str) -> str:
             "Use at most 128 letters, digits and . _ : @ -, a letter or digit first.",
         )
     return value
+
+
+def _with_estimate(request: Request) -> tuple[str, int]:
+    """A request's JSON, and the tokens that it will take."""
+    encoded = encode_request(request)
+    return encoded, estimate_tokens(request, encoded)
 
 
 def _digest_of(request: Request) -> str:

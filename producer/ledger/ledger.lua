@@ -81,21 +81,8 @@ local function call_workers()
   end
 end
 
--- Queued again or for the first time. The score orders by priority, then by the time of submit in units of 10 µs, which stays exact in a double.
-local function enqueue(id, model, priority, submitted_10us)
-  redis.call('ZADD', queue_key(model), tonumber(priority) * 5e14 + submitted_10us, id)
-end
-
--- A request that nobody knows yet enters the queue. Answers the time, in ms.
--- `behind`: its place among those that the same script creates, whose time is the same.
-local function create_request(id, digest, model, tenant, priority, request, retention, behind)
-  local time = redis.call('TIME')
-  local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-  redis.call('HSET', request_key(id), 'state', 'queued', 'request', request, 'digest', digest, 'model', model, 'tenant', tenant,
-    'priority', priority, 'attempt', 0, 'count', 0, 'last', '0-0', 'submitted', now, 'retention', retention)
-  enqueue(id, model, priority, tonumber(time[1]) * 100000 + math.floor(tonumber(time[2]) / 10) + (behind or 0))
-  return now
-end
+-- The queue's order and what it counts: queue.lua.
+local enqueue, leave_queue, leave_running, end_usage
 
 -- Whether this request will still end by itself; false also for one that is not known (any more).
 local function is_live(id)
@@ -260,7 +247,7 @@ end
 function end_request(id, state, event, now)
   local key = request_key(id)
   local fields = redis.call('HMGET', key, 'attempt', 'count', 'last', 'readers', 'retention', 'worker', 'model', 'conversation',
-    'document', 'levels')
+    'document', 'levels', 'tenant', 'priority', 'tokens', 'deadline')
   local entry = entry_after(fields[3], fields[2], tonumber(fields[1]) + 1)
   append(id, fields[3], entry, event, fields[4])
   redis.call('HSET', key, 'state', state, 'last', entry, 'ended', now)
@@ -274,8 +261,10 @@ function end_request(id, state, event, now)
       end_fold(id, fields[8], state, event)
     end
   end
-  redis.call('ZREM', queue_key(fields[7]), id)
-  redis.call('ZREM', leases_key, id)
+  local was_running = leave_running(id, fields[7], fields[11])
+  if was_running or leave_queue(id, fields[7], fields[11], fields[12], fields[13], fields[14]) then
+    end_usage(id, fields[7], fields[11], tonumber(fields[13]), event, fields[2], was_running, now)
+  end
   if fields[6] and fields[6] ~= '' then
     redis.call('SREM', running_key(fields[6]), id)
   end
@@ -394,14 +383,14 @@ end
 -- Running → queued, at its old place; whoever claims it goes on from its last token. If a cancellation is asked for, it ends instead.
 local function requeue(id, template)
   local key = request_key(id)
-  local fields = redis.call('HMGET', key, 'worker', 'model', 'priority', 'submitted', 'cancel')
+  local fields = redis.call('HMGET', key, 'worker', 'model', 'priority', 'submitted', 'cancel', 'tenant')
   if fields[5] then
     end_cancelled(id, template, now_ms())
     return
   end
   count_failures(id, 0)
   redis.call('HSET', key, 'state', 'queued', 'worker', '')
-  redis.call('ZREM', leases_key, id)
+  leave_running(id, fields[2], fields[6])
   redis.call('SREM', running_key(fields[1]), id)
   enqueue(id, fields[2], fields[3], tonumber(fields[4]) * 100)
 end

@@ -1,5 +1,6 @@
 -- Requests whose worker has let their lease run out go back to the queue, at their old place; the next claim goes on from their last token.
 -- ARGV: how many at most, Finished event to fill in, attempts in a row that may be lost without a new token
+-- What waits beyond its deadline ends.
 -- Answers their ids. The worker that had them finds out by its next call, which is fenced once somebody has claimed them.
 -- One that was lost too often becomes a dead letter instead.
 
@@ -15,5 +16,6 @@ end
 if reaped[1] then
   call_workers()
 end
+end_expired(100, now_ms())
 publish_pushes()
 return reaped

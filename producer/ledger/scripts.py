@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_PRELUDE = "ledger"
-"""The file whose functions every script begins with."""
+_PRELUDES = ("ledger", "queue")
+"""The files whose functions every script begins with, in this order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,10 @@ class Script:
 @cache
 def script(name: str) -> Script:
     """The script in `<name>.lua`, with the shared functions in front of it."""
-    prelude = (_FOLDER / f"{_PRELUDE}.lua").read_text(encoding="utf-8")
-    source = prelude + (_FOLDER / f"{name}.lua").read_text(encoding="utf-8")
+    source = "".join((_FOLDER / f"{part}.lua").read_text(encoding="utf-8") for part in (*_PRELUDES, name))
     return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
 def script_names() -> list[str]:
-    """All scripts, without the shared part."""
-    return sorted(path.stem for path in _FOLDER.glob("*.lua") if path.stem != _PRELUDE)
+    """All scripts, without the shared parts."""
+    return sorted(path.stem for path in _FOLDER.glob("*.lua") if path.stem not in _PRELUDES)

@@ -363,7 +363,9 @@ def test_nothing_is_left_of_a_forgotten_conversation(worker: HandWorker, ledger:
         worker.finish(claim, "secret")
     ledger.run(calls.forget("default", HOME))
 
-    assert ledger.connection.keys(f"{keys.prefix}*") == []
+    # What a tenant has used, and how fast the queue drains, are numbers.
+    counters = {keys.load(MODEL), keys.usage(MODEL, "default")}
+    assert set(ledger.connection.keys(f"{keys.prefix}*")) <= counters
     with pytest.raises(UnknownConversation):
         ledger.run(calls.forget("default", HOME))
 

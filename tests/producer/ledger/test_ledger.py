@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from producer.contract import ChatRequest, IdempotencyConflict, InvalidSetting, RedisUnavailable
+from producer.contract import ChatRequest, IdempotencyConflict, InvalidSetting, QueueFull, RedisUnavailable
 from producer.contract import keys as keys_page
 from producer.contract.keys import Keys
+from producer.contract.tenants import QueueBounds
 from producer.embedded import EmbeddedServer
 from producer.ledger import AsyncLedger, Ledger, calls
 from producer.ledger.scripts import script, script_names
@@ -94,6 +95,11 @@ def test_every_key_is_on_the_page_of_keys_with_its_lifetime(
     assert running is not None
     worker.start(running)
     ledger.run(calls.renew("worker-1", [(running.request_id, 1)], 5.0, about={"slots": 1}))
+    worker.submit(ChatRequest(query="q", deadline_seconds=60, tenant="other"))
+    ledger.connection.hset(keys.tenants, "other", '{"weight": 2}')
+    with pytest.raises(QueueFull):
+        bounds = QueueBounds(max_queued=1)
+        ledger.run(calls.submit(ChatRequest(query="refused"), model="chatglm-6b", bounds=bounds))
 
     page = keys_page.__doc__ or ""
     documented = {
@@ -104,6 +110,14 @@ def test_every_key_is_on_the_page_of_keys_with_its_lifetime(
     del documented["replies:*"], documented["dead"]
     endless = {
         keys.queue("chatglm-6b"),
+        keys.queued("chatglm-6b", 5, "default"),
+        keys.queued("chatglm-6b", 5, "other"),
+        keys.shares("chatglm-6b"),
+        keys.load("chatglm-6b"),
+        keys.usage("chatglm-6b", "default"),
+        keys.usage("chatglm-6b", "other"),
+        keys.deadlines,
+        keys.tenants,
         keys.leases,
         keys.running("worker-1"),
         keys.workers,
@@ -115,7 +129,9 @@ def test_every_key_is_on_the_page_of_keys_with_its_lifetime(
         [(pattern, kind)] = [
             item
             for item in documented.items()
-            if re.fullmatch(item[0].replace("*", r"[^:]+(:[^:]+)?"), key.removeprefix(keys.prefix))
+            if re.fullmatch(
+                re.escape(item[0]).replace(r"\*", r"[^:|]+(:[^:|]+)?"), key.removeprefix(keys.prefix)
+            )
         ]
         found.add(pattern)
         assert ledger.connection.type(key) == kind
