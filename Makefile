@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up check format test test-metrics bench lock clean
+.PHONY: help setup demo up check format test chaos test-metrics bench lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -46,6 +46,9 @@ format: setup  ## Format and fix what can be fixed
 
 test: setup  ## The whole suite, with real servers and processes; two at a time, a file's tests together
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+chaos: setup  ## Workers, engines and Redis die at random instants while thousands of requests come in: make chaos ARGS="--kills 20 --requests 330"
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 test-metrics: setup  ## Metrics, dashboards and alerts against a real Prometheus (fetched where there is apt)
 	$(BIN)/pytest tests/ops tests/workers/test_metrics.py tests/journey/test_metrics.py $(ARGS)
