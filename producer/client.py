@@ -82,8 +82,9 @@ class Client:
     def submit(self, request: Request, *, idempotency_key: str | None = None) -> Submission:
         """Queue a request. Repeated with the same key and the same body it is the same request.
 
-        Raises IdempotencyConflict if the tenant has used the key for a different body, and ConversationBusy while another answer of
-        its conversation is in progress.
+        Raises IdempotencyConflict if the tenant has used the key for a different body, ConversationBusy while another answer of
+        its conversation is in progress, QueueFull when there is no room for it (the error's `retry_after` says when there will be), and
+        DeadlineUnmeetable when its turn would come after its deadline.
         """
         submitted = self.ledger.run(_submit(self.settings, request, idempotency_key))
         self._tickets.send(request.model or self.model)
@@ -255,6 +256,7 @@ def _submit(settings: Settings, request: Request, idempotency_key: str | None) -
         retention_seconds=settings.retention_seconds,
         idempotency_seconds=settings.idempotency_seconds,
         conversation_seconds=settings.conversation_seconds,
+        bounds=settings.bounds,
     )
 
 

@@ -16,6 +16,7 @@ from producer.cli import (
     quantize,
     status,
     summarize,
+    tenants,
     top,
     up,
     verify,
@@ -47,6 +48,7 @@ app.command("cancel")(cancel.cancel)
 app.command("doctor")(doctor.doctor)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(conversations.app, name="conversations")
+app.add_typer(tenants.app, name="tenants")
 
 
 def main() -> None:

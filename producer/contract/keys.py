@@ -53,9 +53,9 @@ A text that is too long for the context is a document: from its first split on i
 of the last level that are not done), and of all pieces that are done `pieces`, `piece_prompt_tokens`, `piece_completion_tokens`. Its pieces are requests
 `<R>.<level>.<number>` with `document` (R) and, once one has failed, `retried` (the attempt); they are kept as long as it lives, then as long as itself.
 
-Fields of a tenant's usage: `time` (virtual: tokens that it has had, divided by its weight), `running`, `queued`, `queued_tokens`, `held` (1 while it has as
+Fields of a tenant's usage: `time` (virtual: tokens that it has had, divided by its weight), `used` (tokens), `running`, `queued`, `queued_tokens`, `held` (1 while it has as
 much running as it may) and, as of a queue's load: `drained` (tokens of answers that ended while something was queued) in `drained_ms`, both fading within
-a minute of such time, `drained_at` (ms: counted up to here). A load also has `tokens:<priority>` (queued), `time` (the greatest of any tenant) and `claims`
+a minute of such time, `drained_at` (ms: counted up to here). A load also has `tokens:<priority>` (queued), `time` (the virtual time when last nothing was left) and `claims`
 (since something aged was looked for).
 
 Fields of a conversation: `id`, `tenant`, `model` (of its last request), `lifetime` (ms), `summary`, `summary_tokens`, `covered` (the summary

@@ -43,6 +43,7 @@ from producer.contract.tenants import (
     DEFAULT_ORDER,
     QueueBounds,
     QueueOrder,
+    TenantSettings,
     estimate_tokens,
 )
 
@@ -344,13 +345,18 @@ class Backlog:
     """0: no limit."""
     rejected: dict[str, int]
     """Submissions refused at the door, by reason, since the deployment began."""
+    num_queued_tokens: int = 0
+    """Of the model that was asked for, by estimate (`estimate_tokens`)."""
+    drain_tokens_per_second: float = 0.0
+    """How fast its queue drained in the last minute or so in which something waited, in the same estimate. 0: not measured yet."""
 
 
 def backlog(model: str) -> Call[Backlog]:
     """What waits, how long it has waited, and how full Redis is."""
 
     def parse(answer: list[Any]) -> Backlog:
-        queued, oldest_ms, running, overdue, conversations, dead, used, maximum, rejected = answer
+        queued, oldest_ms, running, overdue, conversations, dead, used, maximum, rejected, load = answer
+        *tokens, drained, drained_ms = (float(number or 0) for number in load)
         counts = {reason: int(number) for reason, number in _pairs(rejected).items()}
         return Backlog(
             tuple(queued),
@@ -362,9 +368,22 @@ def backlog(model: str) -> Call[Backlog]:
             used,
             maximum,
             counts,
+            round(sum(tokens)),
+            1000 * drained / drained_ms if drained_ms else 0.0,
         )
 
     return Call("backlog", [model], parse)
+
+
+# --- tenants, for whoever operates the deployment ------------------------------------------------------------------------
+
+
+def set_tenant(tenant: str, changes: str, models: Sequence[str]) -> Call[TenantSettings]:
+    """Change what is set for a tenant (JSON of TenantSettings; "": back to the defaults); answers what is set now.
+
+    models: those of which it may have something waiting.
+    """
+    return Call("tenant", [tenant, changes, *models], TenantSettings.model_validate_json)
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------

@@ -33,16 +33,17 @@ if end_expired(100, now) == 100 then
   publish_pushes()
   return {2}
 end
-local totals = redis.call('HMGET', load, 'claims', 'time')
-local num_claims, greatest_time = tonumber(totals[1]) or 0, tonumber(totals[2]) or 0
-local is_aged_turn = ageing_claims > 0 and num_claims >= ageing_claims - 1
 for _ = 1, 100 do
   local member = redis.call('ZRANGE', shares, 0, 0)[1]
   if not member then
     publish_pushes()
     return {0}
   end
-  member = is_aged_turn and aged_member(tonumber(string.sub(member, 1, 1))) or member
+  local num_claims = tonumber(redis.call('HGET', load, 'claims') or 0) + 1
+  if ageing_claims > 0 and num_claims >= ageing_claims then
+    num_claims = 0
+    member = aged_member(tonumber(string.sub(member, 1, 1))) or member
+  end
   local priority, tenant = tonumber(string.sub(member, 1, 1)), string.sub(member, 3)
   local usage = usage_key(model, tenant)
   local used = redis.call('HMGET', usage, 'time', 'running', 'queued', 'queued_tokens')
@@ -75,16 +76,20 @@ for _ = 1, 100 do
     -- An attempt after the first one goes on with what was charged for already.
     local time, queued = tonumber(used[1]) + (charged and 0 or tokens / (settings.weight or 1)), tonumber(used[3]) - 1
     redis.call('HSET', usage, 'time', time, 'running', running + 1, 'queued', queued, 'queued_tokens', tonumber(used[4]) - tokens)
-    redis.call('HINCRBY', load, 'tokens:' .. priority, -tokens)
-    redis.call('HSET', load, 'claims', is_aged_turn and 0 or num_claims + 1, 'time', math.max(time, greatest_time))
-    if queued == 0 or redis.call('EXISTS', own_queue) == 0 then
+    redis.call('HSET', load, 'claims', num_claims, 'tokens:' .. priority, tonumber(redis.call('HGET', load, 'tokens:' .. priority)) - tokens)
+    local left_at_priority = redis.call('ZCARD', own_queue)
+    if left_at_priority == 0 then
       redis.call('ZREM', shares, member)
+      if queued == 0 and redis.call('EXISTS', shares) == 0 then
+        -- Where the next one begins that has something in the queue.
+        redis.call('HSET', load, 'time', math.max(time, tonumber(redis.call('HGET', load, 'time') or 0)))
+      end
     end
     if queued > 0 then
       if limit > 0 and running + 1 >= limit then
         hold_tenant(model, tenant)
       elseif not charged then
-        reorder(model, tenant, time)
+        reorder(model, tenant, time, priority, queued)
       end
     end
 

@@ -247,11 +247,11 @@ end
 function end_request(id, state, event, now)
   local key = request_key(id)
   local fields = redis.call('HMGET', key, 'attempt', 'count', 'last', 'readers', 'retention', 'worker', 'model', 'conversation',
-    'document', 'levels', 'tenant', 'priority', 'tokens', 'deadline')
+    'document', 'levels', 'tenant', 'priority', 'tokens', 'deadline', 'charged')
   local entry = entry_after(fields[3], fields[2], tonumber(fields[1]) + 1)
   append(id, fields[3], entry, event, fields[4])
   redis.call('HSET', key, 'state', state, 'last', entry, 'ended', now)
-  redis.call('HDEL', key, 'cancel', 'readers')
+  redis.call('HDEL', key, 'cancel', 'readers', 'charged')
   if fields[8] then
     -- A conversation that does not wait for this request takes nothing from it: it was forgotten, say.
     local waits = redis.call('HMGET', conversation_key(fields[8]), 'busy', 'folding')
@@ -263,7 +263,7 @@ function end_request(id, state, event, now)
   end
   local was_running = leave_running(id, fields[7], fields[11])
   if was_running or leave_queue(id, fields[7], fields[11], fields[12], fields[13], fields[14]) then
-    end_usage(id, fields[7], fields[11], tonumber(fields[13]), event, fields[2], was_running, now)
+    end_usage(fields[7], fields[11], fields[12], tonumber(fields[13]), fields[15], event, fields[2], was_running, now)
   end
   if fields[6] and fields[6] ~= '' then
     redis.call('SREM', running_key(fields[6]), id)

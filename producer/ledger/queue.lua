@@ -35,7 +35,7 @@ local function share_score(priority, time)
   return priority * PRIORITY + math.min(math.floor(time), PRIORITY - 1)
 end
 
--- The least virtual time of all tenants that have something in the queue; if there is none, the greatest that there ever was.
+-- The least virtual time of all tenants that have something in the queue; if there is none, where the last one was when there was nothing left.
 local function least_time(model)
   local least
   local from = '-inf'
@@ -51,12 +51,17 @@ local function least_time(model)
   end
 end
 
--- The tenant's virtual time has changed: so has its place at each priority at which it waits.
-local function reorder(model, tenant, time)
+-- The tenant's virtual time has changed: so has its place at each priority at which it waits. `queued` is how much it has in the queue; most have all of it at
+-- one `priority`.
+local function reorder(model, tenant, time, priority, queued)
+  if redis.call('ZCARD', queued_key(model, priority, tenant)) == queued then
+    redis.call('ZADD', shares_key(model), 'XX', share_score(priority, time), priority .. '|' .. tenant)
+    return
+  end
   local args = {}
-  for priority = 0, 9 do
-    args[2 * priority + 1] = share_score(priority, time)
-    args[2 * priority + 2] = priority .. '|' .. tenant
+  for each = 0, 9 do
+    args[2 * each + 1] = share_score(each, time)
+    args[2 * each + 2] = each .. '|' .. tenant
   end
   redis.call('ZADD', shares_key(model), 'XX', unpack(args))
 end
@@ -184,49 +189,44 @@ function leave_running(id, model, tenant)
   return true
 end
 
--- The estimate by which its tenant was charged for a request at its first claim gives way to what it used, in tokens. The next claim, if there is one, charges again.
-local function settle(id, model, tenant, used)
-  local charged = redis.call('HGET', request_key(id), 'charged')
-  if not charged then
-    return
-  end
-  redis.call('HDEL', request_key(id), 'charged')
-  local usage = usage_key(model, tenant)
-  local time = tonumber(redis.call('HGET', usage, 'time') or 0) + (used - tonumber(charged)) / (settings_of(tenant).weight or 1)
-  time = math.max(time, 0)
-  redis.call('HSET', usage, 'time', time)
-  reorder(model, tenant, time)
-end
-
--- An answer has ended while others waited: `tokens`, an estimate like that of what waits, have made room. In ends, not in claims, because those that fill
--- free slots say nothing of how fast slots become free.
-local function count_drained(key, tokens, now)
-  local fields = redis.call('HMGET', key, 'drained', 'drained_ms', 'drained_at')
+-- Fields of a load or a usage that say how fast it drains, with one more answer that has ended while others waited: `tokens`, an estimate like that of what
+-- waits, have made room. Counted in ends, not in claims, because those that fill free slots say nothing of how fast slots become free.
+local function drained(fields, tokens, now)
   local elapsed = math.max(now - (tonumber(fields[3]) or now), 0)
   local kept = math.exp(-elapsed / DRAIN_MS)
-  redis.call('HSET', key, 'drained', (tonumber(fields[1]) or 0) * kept + tokens, 'drained_ms', (tonumber(fields[2]) or 0) * kept + elapsed,
-    'drained_at', now)
+  return 'drained', (tonumber(fields[1]) or 0) * kept + tokens, 'drained_ms', (tonumber(fields[2]) or 0) * kept + elapsed, 'drained_at', now
 end
 
--- A request has ended that ran or waited. `event` is its last one, `count` the number of its answer's tokens.
-function end_usage(id, model, tenant, tokens, event, count, was_running, now)
-  local used = tonumber(string.match(event, '"prompt_tokens":(%d+)'))
-  if used then
-    used = used + tonumber(count)
-  else
-    -- A failure does not say how long the prompt was. Without a token it was nobody's work.
-    used = tonumber(count) > 0 and tokens or 0
-  end
-  settle(id, model, tenant, used)
-  if not was_running then
-    return
-  end
-  if redis.call('EXISTS', queue_key(model)) == 1 then
-    count_drained(load_key(model), tokens, now)
-  end
+-- The estimate `charged`, by which the tenant was charged at a request's first claim, gives way to what the request used, in tokens.
+local function settle(model, tenant, priority, charged, used)
   local usage = usage_key(model, tenant)
-  if tonumber(redis.call('HGET', usage, 'queued') or 0) > 0 then
-    count_drained(usage, tokens, now)
+  local fields = redis.call('HMGET', usage, 'time', 'queued', 'used')
+  local time = math.max(tonumber(fields[1]) + (used - tonumber(charged)) / (settings_of(tenant).weight or 1), 0)
+  redis.call('HSET', usage, 'time', time, 'used', (tonumber(fields[3]) or 0) + used)
+  if tonumber(fields[2]) > 0 then
+    reorder(model, tenant, time, priority, tonumber(fields[2]))
+  end
+end
+
+-- A request has ended that ran or waited. `charged` may be false. `event` is its last one, `count` the number of its answer's tokens.
+function end_usage(model, tenant, priority, tokens, charged, event, count, was_running, now)
+  if charged then
+    local used = tonumber(string.match(event, '"prompt_tokens":(%d+)'))
+    if used then
+      used = used + tonumber(count)
+    else
+      -- A failure does not say how long the prompt was. Without a token it was nobody's work.
+      used = tonumber(count) > 0 and tokens or 0
+    end
+    settle(model, tenant, priority, charged, used)
+  end
+  if was_running and redis.call('EXISTS', queue_key(model)) == 1 then
+    local load, usage = load_key(model), usage_key(model, tenant)
+    redis.call('HSET', load, drained(redis.call('HMGET', load, 'drained', 'drained_ms', 'drained_at'), tokens, now))
+    local fields = redis.call('HMGET', usage, 'drained', 'drained_ms', 'drained_at', 'queued')
+    if tonumber(fields[4]) > 0 then
+      redis.call('HSET', usage, drained(fields, tokens, now))
+    end
   end
 end
 

@@ -6,7 +6,7 @@
 local id, attempt, level, priority = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local key = request_key(id)
 local fields = redis.call('HMGET', key, 'state', 'attempt', 'cancel', 'levels', 'model', 'tenant', 'retention', 'worker', 'deadline',
-  'tokens')
+  'tokens', 'charged', 'priority')
 local levels = fields[4] or ''
 local _, num_levels = string.gsub(levels, '%d+', '')
 if fields[2] == attempt and fields[1] == 'waiting' and num_levels == level then
@@ -29,9 +29,9 @@ for number = 1, total do
   redis.call('HSET', request_key(piece), 'document', id)
 end
 redis.call('HSET', key, 'state', 'waiting', 'worker', '', 'levels', levels == '' and total or levels .. ',' .. total, 'left', total)
-redis.call('HDEL', key, 'failures')
+redis.call('HDEL', key, 'failures', 'charged')
 -- The work is its pieces' from here on, and what is left of its own is a prompt of their summaries.
-settle(id, fields[5], fields[6], 0)
+settle(fields[5], fields[6], fields[12], fields[11], 0)
 redis.call('HSET', key, 'tokens', math.min(tonumber(fields[10]), MAX_REDUCED_TOKENS))
 leave_running(id, fields[5], fields[6])
 redis.call('SREM', running_key(fields[8]), id)
