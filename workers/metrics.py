@@ -67,6 +67,7 @@ _FADE_EVERY: Final = 10_000
 REJECTIONS: Final = (
     "conversation_busy",
     "deadline_exceeded",
+    "deadline_unmeetable",
     "idempotency_conflict",
     "queue_full",
     "tenant_queue_full",
@@ -442,6 +443,17 @@ class Metrics:
             oldest.add_metric((model, str(priority)), seconds)
         yield queued
         yield oldest
+        for name, text, value in (
+            ("glmq_queue_tokens", "Tokens that wait in the queue, by estimate.", backlog.num_queued_tokens),
+            (
+                "glmq_queue_drain_tokens_per_second",
+                "How fast the queue drained when last something waited, in the same estimated tokens; 0: not measured yet.",
+                backlog.drain_tokens_per_second,
+            ),
+        ):
+            gauge = GaugeMetricFamily(name, text, labels=("model_name",))
+            gauge.add_metric((model,), value)
+            yield gauge
         for name, text, value in (
             ("glmq_deployment_running", "Requests that run, of all models and workers.", backlog.num_running),
             (
