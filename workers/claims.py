@@ -10,7 +10,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Final
 
+import msgspec
 from redis.exceptions import RedisError
 from structlog.contextvars import bound_contextvars
 
@@ -38,11 +40,14 @@ from workers.metrics import Metrics
 from workers.pool import Ticket
 from workers.prompts import Prompt, Prompts, Refusal
 from workers.publisher import Publisher
-from workers.running import RELEASED, AnswerDetokenizer, RunningRequest, RunningRequests
+from workers.running import RELEASED, AnswerDetokenizer, Lost, RunningRequest, RunningRequests
 from workers.settings import WorkerSettings
 from workers.tasks import carries_request, request_of
 
 logger = get_logger(__name__)
+
+HAND_ON_SECONDS: Final = 0.5
+"""How long a request waits that has an adapter which this worker does not have, and then this worker for somebody else to take it."""
 
 NewDetokenizer = Callable[[Sequence[str], Sequence[int]], AnswerDetokenizer]
 """From stop strings and the ids that were emitted already."""
@@ -82,6 +87,7 @@ class Claims:
         """Tickets with a request that the ledger does not know yet."""
         self._tickets: deque[Ticket] = deque()
         self._next_look = 0.0
+        self._pause_until = 0.0
         self._is_draining = False
         self._is_stopping = False
         self._has_lost_claim = False
@@ -169,12 +175,18 @@ class Claims:
             if self._is_stopping or self._arrived:
                 return
             if not self._may_claim():
-                self._wake.wait(self._settings.look_seconds)
+                pause = self._pause_until - time.monotonic()
+                self._wake.wait(pause if pause > 0 else self._settings.look_seconds)
             elif not self._tickets:
                 self._wake.wait(max(self._next_look - time.monotonic(), 0))
 
     def _may_claim(self) -> bool:
-        return self._prompts is not None and not self._is_draining and len(self._running) < self._slots
+        return (
+            self._prompts is not None
+            and not self._is_draining
+            and len(self._running) < self._slots
+            and time.monotonic() >= self._pause_until
+        )
 
     def _register_next(self) -> bool:
         """Put the request of one plain task into the ledger; from then on its message is a ticket like any other."""
@@ -294,6 +306,7 @@ class Claims:
             num_emitted_before=len(claim.emitted_ids),
             age_seconds=claim.age_seconds,
             pieces=claim.pieces,
+            failures=claim.failures,
         )
         if claim.pieces.levels:
             running.seconds_before = claim.age_seconds - claim.queue_seconds
@@ -305,7 +318,10 @@ class Claims:
             with bound_contextvars(request_id=claim.request_id):
                 self._hand_over(running, claim)
         except Refusal as refusal:
-            self._publisher.end(running, Failed(code=refusal.code, message=refusal.message))
+            if self._may_be_known_elsewhere(running, refusal):
+                self._hand_on(running, refusal)
+            else:
+                self._publisher.end(running, Failed(code=refusal.code, message=refusal.message))
         except InvalidRequest as error:
             self._publisher.end(running, Failed(code="invalid_request", message=str(error)))
         except (Fenced, Waiting):
@@ -321,6 +337,29 @@ class Claims:
                 "The worker could not begin it; its log says why. Submit it again once that is repaired."
             )
             self._publisher.end(running, Failed(code="internal_error", message=message))
+
+    def _may_be_known_elsewhere(self, running: RunningRequest, refusal: Refusal) -> bool:
+        """Another worker has begun it with an adapter that this one does not have."""
+        return (
+            refusal.code == "unknown_adapter"
+            and running.num_tries > 1
+            and running.failures + 1 < self._settings.max_attempts
+        )
+
+    def _hand_on(self, running: RunningRequest, refusal: Refusal) -> None:
+        """Back to the queue after a while, in which this worker may learn the adapter or another one get a slot."""
+        logger.info("not for this worker: handed on", request_id=running.request_id, code=refusal.code)
+        lost = Lost(f"the worker did not have the adapter {running.adapter}")
+
+        def hand_on() -> None:
+            with self._wake:
+                # Somebody else first.
+                self._pause_until = time.monotonic() + HAND_ON_SECONDS
+            self._publisher.end(running, lost)
+
+        timer = threading.Timer(HAND_ON_SECONDS, hand_on)
+        timer.daemon = True
+        timer.start()
 
     def _hand_over(self, running: RunningRequest, claim: Claim) -> None:
         prompts = self._prompts
@@ -353,18 +392,26 @@ class Claims:
             if len(claim.emitted_ids) >= prompt.sampling.max_new_tokens:
                 self._publisher.end(running, "length")
                 return
-        sequence_id = next(self._sequence_ids)
+        running.generate = Generate(0, prompt.ids, prompt.sampling, adapter=prompt.adapter)
+        try:
+            if prompts is not self._prompts:
+                # It was claimed for an engine that has died since, and the next one may have suspects to try first.
+                raise EngineDied(None, None)
+            self.resume(running)
+        except EngineDied:
+            self._publisher.end(running, RELEASED)
+
+    def resume(self, running: RunningRequest) -> None:
+        """Ask the engine for what comes after the tokens that there are. Raises EngineDied."""
+        generate, sequence_id = running.generate, next(self._sequence_ids)
+        assert generate is not None, "a prompt comes first"
         with self._running.lock:
             if running.end is not None:
                 return
             self._running.bind(running, sequence_id)
-        generate = Generate(sequence_id, prompt.ids, prompt.sampling, list(claim.emitted_ids), prompt.adapter)
-        try:
-            self._generate(generate)
-        except EngineDied:
-            self._publisher.end(running, RELEASED)
-        else:
-            self._publisher.on_started()
+            emitted_ids = list(running.token_ids)
+        self._generate(msgspec.structs.replace(generate, sequence_id=sequence_id, emitted_ids=emitted_ids))
+        self._publisher.on_started()
 
     def _prompt_of(self, request: Request, running: RunningRequest, claim: Claim, prompts: Prompts) -> Prompt:
         """Raises Refusal, Fenced, and what the ledger raises."""

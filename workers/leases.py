@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from redis.exceptions import RedisError
 
 from producer.contract import Failed, RedisUnavailable
+from producer.contract.keys import MAX_ATTEMPTS
 from producer.ledger import Ledger, calls
 from workers.logs import get_logger
 from workers.metrics import Metrics
@@ -44,6 +45,8 @@ class Leases:
         is_stuck: Callable[[], bool],
         on_reaped: Callable[[], None],
         metrics: Metrics,
+        on_stuck: Callable[[], None] = lambda: None,
+        max_attempts: int = MAX_ATTEMPTS,
     ) -> None:
         self._ledger = ledger
         self._running = running
@@ -52,7 +55,9 @@ class Leases:
         self._lease_seconds = lease_seconds
         self._about = about
         self._is_stuck = is_stuck
+        self._on_stuck = on_stuck
         self._on_reaped = on_reaped
+        self._max_attempts = max_attempts
         self._reap_from = 0.0
         self._metrics = metrics
         self._last_renewal = time.monotonic()
@@ -83,9 +88,11 @@ class Leases:
                 self._abort_overdue(begin)
                 is_stuck = self._is_stuck()
                 if is_stuck and not was_stuck:
-                    logger.error("the engine makes no progress: leases are not renewed")
+                    logger.error("the engine makes no progress: it is killed, and leases are not renewed")
                 was_stuck = is_stuck
-                if not is_stuck:
+                if is_stuck:
+                    self._on_stuck()
+                else:
                     self.renew()
                     self._reap(time.monotonic())
             except Exception:  # the loop is a boundary
@@ -131,7 +138,7 @@ class Leases:
         if now < self._reap_from:
             return
         try:
-            reaped = self._ledger.run(calls.reap())
+            reaped = self._ledger.run(calls.reap(max_attempts=self._max_attempts))
         except (RedisUnavailable, RedisError) as error:
             logger.debug("cannot reap: %s", error)
             return

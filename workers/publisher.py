@@ -8,16 +8,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Final, TypeVar, assert_never
 
 from redis.exceptions import RedisError
 
-from producer.contract import Failed, Finished, RedisUnavailable, Started, Token
+from producer.contract import Failed, Finished, RedisUnavailable, Started, Token, UnknownRequest
+from producer.contract.keys import MAX_ATTEMPTS
 from producer.ledger import Emission, EmitCode, Ledger, calls
+from producer.ledger.calls import OutOfStep
 from workers.engine.messages import Refused, Step
 from workers.logs import get_logger
 from workers.metrics import Metrics
-from workers.running import RELEASED, End, RunningRequest, RunningRequests
+from workers.running import RELEASED, End, Lost, RunningRequest, RunningRequests
 from workers.speed import Speed
 
 logger = get_logger(__name__)
@@ -28,6 +30,8 @@ _NO_TEXT = Failed(
     code="internal_error",
     message="The worker could not turn the model's output into text; its log says why. Submit the request again once that is repaired.",
 )
+MAX_OUT_OF_STEP: Final = 5
+"""So often in a row the ledger may be without what was published; then somebody else shall try."""
 MAX_RETRY_SECONDS = 1.0
 """Between two attempts to reach Redis."""
 
@@ -35,7 +39,8 @@ MAX_RETRY_SECONDS = 1.0
 class Publisher:
     """Writes what the engine says into the ledger, in the order in which it came, and ends requests.
 
-    `abort` makes the engine forget a sequence; `on_gone` is told of each request that is no longer this worker's.
+    `abort` makes the engine forget a sequence; `on_gone` is told of each request that is no longer this worker's, `on_kept` of each that the
+    engine died with and that this worker is to try alone.
     """
 
     def __init__(
@@ -49,6 +54,8 @@ class Publisher:
         flush_seconds: float,
         metrics: Metrics,
         log_text: bool = False,
+        on_kept: Callable[[RunningRequest], None] = lambda _running: None,
+        max_attempts: int = MAX_ATTEMPTS,
     ) -> None:
         self._ledger = ledger
         self._running = running
@@ -58,6 +65,8 @@ class Publisher:
         self._flush_seconds = flush_seconds
         self._metrics = metrics
         self._log_text = log_text
+        self._on_kept = on_kept
+        self._max_attempts = max_attempts
         self._wake = threading.Condition()
         self._has_news = False
         self._is_urgent = False
@@ -188,7 +197,11 @@ class Publisher:
         batch = self._collect()
         if batch:
             begin = time.monotonic()
-            codes = self._insist(lambda: self._ledger.run(calls.emit(emission for _, emission in batch)))
+            codes = self._insist(
+                lambda: self._ledger.run(
+                    calls.emit((emission for _, emission in batch), worker=self._worker_id)
+                )
+            )
             num_tokens = sum(
                 len(emission.event.ids) for _, emission in batch if isinstance(emission.event, Token)
             )
@@ -224,7 +237,8 @@ class Publisher:
     def _settle(self, running: RunningRequest, emission: Emission, code: EmitCode) -> None:
         match code:
             case EmitCode.WRITTEN | EmitCode.ALREADY_WRITTEN:
-                pass
+                if isinstance(emission.event, Token):
+                    running.num_out_of_step = 0
             case EmitCode.CANCEL_ASKED:
                 self.end(running, "cancelled")
             case EmitCode.FENCED:
@@ -235,35 +249,98 @@ class Publisher:
                     attempt=running.attempt,
                 )
                 self.drop(running)
+            case EmitCode.OUT_OF_STEP:
+                self._publish_again(running)
             case _:
-                logger.error(
-                    "an event does not fit its stream: released",
-                    request_id=running.request_id,
-                    attempt=running.attempt,
-                    code=code.name,
-                    type=emission.event.type,
-                )
-                self.end(running, RELEASED)
+                assert_never(code)
+
+    def _publish_again(self, running: RunningRequest) -> None:
+        """Redis has come back without its last writes: what it has lost is still here."""
+        try:
+            status = self._insist(lambda: self._ledger.run(calls.status(running.request_id)))
+        except UnknownRequest:
+            self.drop(running)
+            return
+        if (status.state, status.attempt, status.worker) != ("running", running.attempt, self._worker_id):
+            self.drop(running)
+            return
+        log = logger.bind(request_id=running.request_id, attempt=running.attempt, tokens=status.num_tokens)
+        with self._running.lock:
+            running.num_out_of_step += 1
+            is_hopeless = running.num_out_of_step > MAX_OUT_OF_STEP or status.num_tokens > len(
+                running.token_ids
+            )
+            if is_hopeless:
+                self._abort_sequence(running)
+                running.num_published, running.end = len(running.token_ids), RELEASED
+                log.error("the ledger does not have what was published: released")
+            else:
+                running.num_published, running.is_started_published = status.num_tokens, False
+                log.warning("the ledger has lost what was published: it is published again")
+        self._notify(is_urgent=True)
 
     def _publish_end(self, running: RunningRequest) -> None:
         end = running.end
         assert end is not None, "only requests that have ended"
+        if isinstance(end, Lost):
+            self._publish_loss(running, end)
+            return
         event: Finished | Failed | None
         if isinstance(end, Failed):
             event = end
-            call = calls.fail(running.request_id, running.attempt, end)
+            call = calls.fail(running.request_id, running.attempt, end, worker=self._worker_id)
         elif end == RELEASED:
             event = None
-            call = calls.release(running.request_id, running.attempt)
+            call = calls.release(running.request_id, running.attempt, worker=self._worker_id)
         else:
             finished = running.finished(end)
             event = running.check(finished) or finished
             if isinstance(event, Failed):
-                call = calls.fail(running.request_id, running.attempt, event)
+                call = calls.fail(running.request_id, running.attempt, event, worker=self._worker_id)
             else:
-                call = calls.finish(running.request_id, running.attempt, event)
-        is_written = self._insist(lambda: self._ledger.run(call))
+                call = calls.finish(
+                    running.request_id,
+                    running.attempt,
+                    event,
+                    worker=self._worker_id,
+                    num_tokens=len(running.token_ids),
+                )
+        try:
+            is_written = self._insist(lambda: self._ledger.run(call))
+        except OutOfStep:
+            self._publish_again(running)
+            return
         self._record(running, event, is_written=is_written)
+        if self._running.remove(running):
+            self._on_gone(running)
+
+    def _publish_loss(self, running: RunningRequest, lost: Lost) -> None:
+        call = calls.lose(
+            running.request_id,
+            running.attempt,
+            lost.what,
+            max_attempts=self._max_attempts,
+            num_before=running.num_losses,
+            keep=lost.keep,
+            is_trial=lost.is_trial,
+            worker=self._worker_id,
+        )
+        outcome = self._insist(lambda: self._ledger.run(call))
+        logger.info(
+            "lost with its engine",
+            request_id=running.request_id,
+            attempt=running.attempt,
+            tokens=len(running.token_ids),
+            outcome=outcome,
+        )
+        if outcome == "kept":
+            with self._running.lock:
+                running.num_losses += 1
+                running.end = None
+            self._on_kept(running)
+            return
+        if outcome == "queued":
+            self._metrics.on_released()
         if self._running.remove(running):
             self._on_gone(running)
 

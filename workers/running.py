@@ -14,12 +14,27 @@ from typing import Final, Literal, Protocol
 from producer.contract import Failed, Finished, FoldRequest, Timings, Usage
 from producer.contract.conversation import PromptMemory
 from producer.ledger import Pieces
+from workers.engine.messages import Generate
 from workers.pool import Ticket
 
 EndReason = Literal["stop", "length", "cancelled"]
 RELEASED: Final = "released"
 """Not an end for the reader: the request goes back to the queue, and another attempt goes on from its last token."""
-End = EndReason | Literal["released"] | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Not an end for the reader either: the engine died with this attempt."""
+
+    what: str
+    """Happened, as part of a sentence."""
+    keep: bool = False
+    """This worker tries the request alone in its next engine; otherwise it goes back to the queue."""
+    is_trial: bool = False
+    """It was alone."""
+
+
+End = EndReason | Literal["released"] | Lost | Failed
 
 
 class AnswerDetokenizer(Protocol):
@@ -71,6 +86,14 @@ class RunningRequest:
     is_started_published: bool = False
     num_emitted_before: int = 0
     """Tokens of earlier attempts."""
+    failures: int = 0
+    """Attempts in a row before this one that were lost without a new token."""
+    num_out_of_step: int = 0
+    """So often in a row the ledger did not have what was published before."""
+    num_losses: int = 0
+    """So often the engine died with this attempt, and the worker kept it."""
+    generate: Generate | None = None
+    """What the engine was asked first, so that another one can be asked again."""
     first_token: float | None = None
     """On the monotonic clock: the first one of this attempt."""
     last_token: float | None = None
@@ -88,6 +111,11 @@ class RunningRequest:
     @property
     def is_known_to_engine(self) -> bool:
         return self.sequence_id > 0
+
+    @property
+    def num_new(self) -> int:
+        """Tokens of this attempt."""
+        return len(self.token_ids) - self.num_emitted_before
 
     @property
     def num_tries(self) -> int:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, get_args
 
 from producer.contract import InvalidRequest, InvalidSetting
 from producer.contract.control import check_adapter_name
+from producer.contract.keys import MAX_ATTEMPTS
 from producer.settings import Settings
 from workers.engine.config import ActivationsSetting, CacheSetting, DtypeSetting, QuantizeSetting
 from workers.logs import FORMS, LEVELS, Form
@@ -77,8 +78,10 @@ class WorkerSettings:
     worker_id: str = field(default_factory=new_worker_id)
     lease_seconds: float = 2.0
     """A worker that is silent for so long has lost its requests. Renewed four times in it."""
+    max_attempts: int = MAX_ATTEMPTS
+    """Attempts in a row that a request may be lost at, without a new token; then it is a dead letter."""
     stall_seconds: float = 60.0
-    """An engine that has work and says nothing for so long is stuck: its leases are not renewed any more."""
+    """An engine that has work and ends no step for so long is stuck, and killed. A long prefill on a CPU has more time."""
     look_seconds: float = 1.0
     """How often a worker with free slots looks for work of which no ticket told it."""
     flush_seconds: float = 0.03
@@ -117,6 +120,8 @@ class WorkerSettings:
         self._check_adapters()
         if not 1 <= self.slots <= 4096:
             raise InvalidSetting("GLMQ_SLOTS", f"{self.slots} is out of range", "Use 1 to 4096.")
+        if not 1 <= self.max_attempts <= 100:
+            raise InvalidSetting("GLMQ_MAX_ATTEMPTS", f"{self.max_attempts} is out of range", "Use 1 to 100.")
         if self.num_threads is not None and self.num_threads < 1:
             raise InvalidSetting("GLMQ_THREADS", f"{self.num_threads} is out of range", "Use 1 or more.")
         if self.context_len is not None and self.context_len < 16:
@@ -294,6 +299,7 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "max_adapter_rank": ("GLMQ_MAX_ADAPTER_RANK", int),
     "worker_id": ("GLMQ_WORKER_ID", str),
     "lease_seconds": ("GLMQ_LEASE_SECONDS", float),
+    "max_attempts": ("GLMQ_MAX_ATTEMPTS", int),
     "stall_seconds": ("GLMQ_STALL_SECONDS", float),
     "look_seconds": ("GLMQ_LOOK_SECONDS", float),
     "flush_seconds": ("GLMQ_FLUSH_SECONDS", float),

@@ -59,13 +59,18 @@ from workers.settings import (
     named_folders,
 )
 from workers.tasks import carries_request
+from workers.trials import Death, Trials
 
 logger = get_logger(__name__)
 
 ENGINES: dict[Backend, str] = {"native": ENGINE_MODULE, "reference": "workers.reference.process"}
 """What the engine process runs."""
-RESTART_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-"""Waits before the engine is started again; the last one repeats."""
+RESTART_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Waits before the engine is started again, for deaths in a row; the last one repeats."""
+GOOD_LIFE_SECONDS = 60.0
+"""An engine that was ready for so long does not belong to the row."""
+CPU_PREFILL_SECONDS_PER_TOKEN = 0.25
+"""What a prefill may take on a CPU beyond the time in which a step must end: 6 billion parameters on two old cores."""
 FLUSH_AT_STOP_SECONDS = 5.0
 DEFAULT_METRICS_PORT = 9750
 
@@ -100,6 +105,8 @@ class Worker:
             flush_seconds=settings.flush_seconds,
             metrics=self._metrics,
             log_text=settings.log_text,
+            on_kept=self._on_kept,
+            max_attempts=settings.max_attempts,
         )
         self._claims = Claims(
             Ledger.at(self.redis_url, keys, timeout_seconds=timeout, retries=0),
@@ -119,8 +126,13 @@ class Worker:
             lease_seconds=settings.lease_seconds,
             about=self._about,
             is_stuck=self._is_stuck,
+            on_stuck=self._on_stuck,
             on_reaped=self._claims.look,
+            max_attempts=settings.max_attempts,
             metrics=self._metrics,
+        )
+        self._trials = Trials(
+            self._running, self._publisher, resume=self._claims.resume, on_done=self._open_claims
         )
         self._folding = Folding(
             Ledger.at(self.redis_url, keys, timeout_seconds=timeout),
@@ -150,9 +162,12 @@ class Worker:
         self._metrics.watch_backlog(self._backlog.read)
         self._metrics.watch_gpu(self._read_gpu)
         self._exporter = _exporter(settings, self._metrics, self._health)
+        self._prompts: Prompts | None = None
         self._failure: str | None = None
+        self._stuck_engine: EngineClient | None = None
         self._last_progress = time.monotonic()
         self._started_at = time.time()
+        self._ready_since = 0.0
         self._version = _version()
         self._num_restarts = 0
         self._hurry = threading.Event()
@@ -210,9 +225,7 @@ class Worker:
         self._claims.drain()
         if not self._wait_until_idle(self.settings.grace_seconds):
             logger.info("%d requests are released to other workers", len(self._running))
-        for running in self._running:
-            self._publisher.end(running, RELEASED)
-        self._wait_until_idle(FLUSH_AT_STOP_SECONDS, in_any_case=True)
+        self._release_all()
         self._is_stopping.set()
         self._claims.stop()
         self._control.stop()
@@ -235,51 +248,67 @@ class Worker:
             time.sleep(0.02)
         return True
 
+    def _release_all(self) -> None:
+        deadline = time.monotonic() + FLUSH_AT_STOP_SECONDS
+        while len(self._running) and time.monotonic() < deadline:
+            # More than once: one that was lost with its engine a moment ago may just be kept.
+            for running in self._running:
+                self._publisher.end(running, RELEASED)
+            time.sleep(0.01)
+
     # --- the engine ---------------------------------------------------------------------------------------------------
 
     def _supervise(self) -> None:
-        """Run the engine; when it dies, give its requests back and start it again."""
-        for attempt in range(sys.maxsize):
-            self._run_engine(is_first=attempt == 0)
+        """Run the engine; when it dies, see to its requests and start it again."""
+        num_in_a_row = 0
+        for life in range(sys.maxsize):
+            death = self._run_engine(is_first=life == 0)
             if self._is_stopping.is_set():
                 return
             was_ready, self._ready = self._ready is not None, None
             self._claims.close()
+            self._failure = death.cause
             for command_id, reply in self._adapters.give_up():
                 self._reply(command_id, reply)
-            if not was_ready and attempt == 0:
+            if not was_ready and life == 0:
                 # The operator's mistake rather than bad luck: a restart would not help.
                 self._state_changed.set()
                 return
-            num_lost = 0
-            for running in self._running:
-                num_lost += running.end is None
-                self._publisher.end(running, RELEASED)
+            num_lost = self._trials.on_death(death)
             self._num_restarts += 1
             self._metrics.engine_restarts.inc()
-            pause = RESTART_SECONDS[min(attempt, len(RESTART_SECONDS) - 1)]
-            logger.error("the engine died", reason=self._failure, released=num_lost, restart_in_seconds=pause)
+            if was_ready and time.monotonic() - self._ready_since > GOOD_LIFE_SECONDS:
+                num_in_a_row = 0
+            pause = RESTART_SECONDS[min(num_in_a_row, len(RESTART_SECONDS) - 1)]
+            num_in_a_row += 1
+            logger.error(
+                "the engine died",
+                reason=death.cause,
+                requests=num_lost,
+                suspects=self._trials.num_left,
+                restart_in_seconds=pause,
+            )
             if self._is_stopping.wait(pause):
                 return
 
-    def _run_engine(self, *, is_first: bool) -> None:
+    def _run_engine(self, *, is_first: bool) -> Death:
         """One life of the engine process."""
         self._failure = None
         try:
             config = engine_config(self.settings, self._adapters, is_first=is_first)
-            self._engine = EngineClient(config, module=ENGINES[self.settings.backend])
+            engine = self._engine = EngineClient(config, module=ENGINES[self.settings.backend])
         except ValueError as error:
             # A setting that only the engine can judge.
-            self._failure = str(error)
-            return
+            return Death(str(error))
         try:
-            for message in self._engine.messages():
+            for message in engine.messages():
                 self._last_progress = time.monotonic()
                 match message:
                     case Step():
                         self._metrics.on_preemptions(message.num_preemptions - self._step.num_preemptions)
                         self._step = message
                         self._publisher.on_step(message)
+                        self._trials.on_step()
                     case Ready():
                         self._on_ready(message)
                     case Refused():
@@ -287,12 +316,16 @@ class Worker:
                     case AdaptersChanged():
                         self._on_adapters_changed(message)
         except EngineDied as error:
-            self._failure = error.reason or str(error)
+            if engine is self._stuck_engine:
+                cause = f"no step ended for {self.settings.stall_seconds:g} s"
+                return Death(cause, error.prefilling)
+            return Death(error.reason or error.how, error.prefilling, is_from_outside=error.is_killed)
         except Exception as error:  # the engine's output is a boundary: a new engine may do better
             logger.exception("the engine's output could not be used")
-            self._failure = str(error)
+            return Death(str(error), engine.prefilling)
         finally:
-            self._engine.close()
+            engine.close()
+        return Death("it was closed")
 
     def _on_ready(self, ready: Ready) -> None:
         settings = self.settings
@@ -301,7 +334,9 @@ class Worker:
         if self._gpu is None and ready.device.startswith("cuda"):
             self._gpu = Gpu.find(settings.device)
         self._adapters.on_ready(ready)
-        self._claims.open(Prompts(self._tokenizer, ready.context_len, self._adapters))
+        self._ready_since = time.monotonic()
+        self._prompts = Prompts(self._tokenizer, ready.context_len, self._adapters)
+        self._trials.on_ready()
         self._state_changed.set()
         logger.info(
             "ready: %s from %s",
@@ -316,6 +351,11 @@ class Worker:
             queue=settings.queue.keys.celery_queue(settings.model),
             metrics="off" if self._exporter is None else f"http://{self._exporter.address}/metrics",
         )
+
+    def _open_claims(self) -> None:
+        """The engine is there for everybody."""
+        if self._prompts is not None:
+            self._claims.open(self._prompts)
 
     def _generate(self, generate: Generate) -> None:
         """Raises EngineDied."""
@@ -334,10 +374,24 @@ class Worker:
                 self._engine.send(Abort(sequence_id))
 
     def _is_stuck(self) -> bool:
-        return (
-            self._running.num_generating > 0
-            and time.monotonic() - self._last_progress > self.settings.stall_seconds
-        )
+        if self._running.num_generating == 0:
+            return False
+        silent_seconds = time.monotonic() - self._last_progress
+        return silent_seconds > self.settings.stall_seconds + self._prefill_seconds()
+
+    def _prefill_seconds(self) -> float:
+        """How long the prefill in progress may take, if there is one. On a GPU it is a step like any other."""
+        if self._engine is None or self._ready is None or not self._ready.device.startswith("cpu"):
+            return 0.0
+        sequences = map(self._running.of_sequence, self._engine.prefilling)
+        num_tokens = sum(each.prompt_len + len(each.token_ids) for each in sequences if each is not None)
+        return CPU_PREFILL_SECONDS_PER_TOKEN * num_tokens
+
+    def _on_stuck(self) -> None:
+        """It will not come back by itself. If it cannot even be killed, its leases run out."""
+        if self._engine is not None:
+            self._stuck_engine = self._engine
+            self._engine.kill()
 
     # --- adapters -----------------------------------------------------------------------------------------------------
 
@@ -384,10 +438,14 @@ class Worker:
     def _on_gone(self, running: RunningRequest) -> None:
         """A request has left this worker: its slot is free."""
         self._claims.on_free_slot()
+        self._trials.on_gone(running)
         if running.ticket is not None:
             running.ticket.complete()
         if running.fold is not None and running.end in ("stop", "length"):
             self._folding.submit(running.fold, running.request_id)
+
+    def _on_kept(self, running: RunningRequest) -> None:
+        self._trials.on_kept(running)
 
     def _on_cancel(self, request_id: str) -> None:
         running = self._running.get(request_id)

@@ -495,8 +495,11 @@ class Emission(NamedTuple):
     event: Started | Token
 
 
-def emit(emissions: Iterable[Emission]) -> Call[list[EmitCode]]:
-    """Append one flush's events to their streams and push them to their readers. A code each, in order."""
+def emit(emissions: Iterable[Emission], *, worker: str = "") -> Call[list[EmitCode]]:
+    """Append one flush's events to their streams and push them to their readers. A code each, in order.
+
+    worker: whose requests they must be; here and in the calls below "" leaves that unchecked.
+    """
     lines: list[str] = []
     for request_id, attempt, event in emissions:
         if isinstance(event, Token):
@@ -506,26 +509,42 @@ def emit(emissions: Iterable[Emission]) -> Call[list[EmitCode]]:
         else:
             before = index = -1
         lines.append(f"{request_id}\t{attempt}\t{before}\t{index}\t{encode_event(event)}\n")
-    return Call("emit", ["".join(lines)], lambda codes: [EmitCode(code) for code in codes])
+    return Call("emit", ["".join(lines), worker], lambda codes: [EmitCode(code) for code in codes])
 
 
-def finish(request_id: str, attempt: int, event: Finished) -> Call[bool]:
-    """End a request with its answer, or with what there is of it if it was cancelled. False: fenced."""
+class OutOfStep(Exception):
+    """The stream of a request has not the tokens that its worker has published: Redis came back without its last writes."""
+
+
+def finish(
+    request_id: str, attempt: int, event: Finished, *, worker: str = "", num_tokens: int | None = None
+) -> Call[bool]:
+    """End a request with its answer, or with what there is of it if it was cancelled. False: fenced.
+
+    num_tokens: that its stream must have; raises OutOfStep if it has others, and nothing is done.
+    """
     state = "cancelled" if event.reason == "cancelled" else "done"
-    return Call("finish", [request_id, attempt, state, encode_event(event)], lambda code: bool(code >= 0))
+    count = "" if num_tokens is None else num_tokens
+    return Call("finish", [request_id, attempt, state, encode_event(event), worker, count], _is_ended)
 
 
-def fail(request_id: str, attempt: int, event: Failed) -> Call[bool]:
+def fail(request_id: str, attempt: int, event: Failed, *, worker: str = "") -> Call[bool]:
     """End a request without an answer. False: fenced.
 
     A piece of a document goes back to the queue instead, once; the next time it ends, and its document with it.
     """
-    return Call("finish", [request_id, attempt, "failed", encode_event(event)], lambda code: bool(code >= 0))
+    return Call("finish", [request_id, attempt, "failed", encode_event(event), worker, ""], _is_ended)
 
 
-def release(request_id: str, attempt: int) -> Call[bool]:
+def _is_ended(code: int) -> bool:
+    if code == -3:
+        raise OutOfStep
+    return code >= 0
+
+
+def release(request_id: str, attempt: int, *, worker: str = "") -> Call[bool]:
     """Hand a running request back to the queue, at its old place. False: fenced."""
-    return Call("release", [request_id, attempt, _CANCELLED], lambda code: bool(code == 1))
+    return Call("release", [request_id, attempt, _CANCELLED, worker], lambda code: bool(code == 1))
 
 
 LossOutcome = Literal["kept", "queued", "ended", "fenced"]
@@ -541,6 +560,7 @@ def lose(
     num_before: int = 0,
     keep: bool = False,
     is_trial: bool = False,
+    worker: str = "",
 ) -> Call[LossOutcome]:
     """The engine died with this attempt: it counts against the request if it brought no new token, or was a trial.
 
@@ -550,7 +570,7 @@ def lose(
     """
     return Call(
         "lose",
-        [request_id, attempt, num_before, what, max_attempts, int(keep), int(is_trial), _CANCELLED],
+        [request_id, attempt, num_before, what, max_attempts, int(keep), int(is_trial), _CANCELLED, worker],
         lambda code: _LOSS_OUTCOMES[code],
     )
 

@@ -380,6 +380,13 @@ local function lose_attempt(id, what, max_attempts, is_trial, template)
   return true
 end
 
+-- Whether this attempt at a request is this worker's ('': anybody's). The number alone does not say so when Redis has come back without its last
+-- writes, a claim among them, and another worker has made that claim, too.
+local function is_held(id, attempt, worker)
+  local fields = redis.call('HMGET', request_key(id), 'state', 'attempt', 'worker')
+  return fields[1] == 'running' and fields[2] == attempt and (worker == '' or fields[3] == worker)
+end
+
 -- Running → queued, at its old place; whoever claims it goes on from its last token. If a cancellation is asked for, it ends instead.
 local function requeue(id, template)
   local key = request_key(id)

@@ -15,10 +15,9 @@ redis.call('ZADD', workers_key, now, worker)
 redis.call('ZREMRANGEBYSCORE', workers_key, '-inf', '(' .. (now - tonumber(lifetime)))
 for i = 5 + num_about, #ARGV, 2 do
   local id, attempt = ARGV[i], ARGV[i + 1]
-  local fields = redis.call('HMGET', request_key(id), 'state', 'attempt', 'cancel')
-  if fields[1] == 'running' and fields[2] == attempt then
+  if is_held(id, attempt, worker) then
     redis.call('ZADD', leases_key, now + lease, id)
-    if fields[3] then
+    if redis.call('HEXISTS', request_key(id), 'cancel') == 1 then
       cancelled[#cancelled + 1] = id
     end
   else

@@ -120,6 +120,10 @@ class Bench:
         self.publisher.start()
         self.folding.start()
         self.claims.start()
+        self.reopen()
+
+    def reopen(self) -> None:
+        """There is an engine (again)."""
         self.claims.open(Prompts(Letters(), context_len=self.context_len))
 
     def stop(self) -> None:

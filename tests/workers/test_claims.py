@@ -10,8 +10,10 @@ import pytest
 
 from producer.contract import ChatRequest, Failed, RedisUnavailable, SamplingParams, Started, Token
 from producer.ledger import Call, Emission, calls
+from tests.workers.conftest import Letters
 from workers.engine.client import EngineDied
 from workers.engine.messages import Generate
+from workers.prompts import Prompts
 
 NewBench = Callable[..., Any]
 T = TypeVar("T")
@@ -316,3 +318,43 @@ def test_a_request_keeps_its_seed_and_sampling_on_the_way_to_the_engine(bench: A
 
     assert (sent.seed, sent.temperature, sent.top_k) == (42, 0.5, 3)
     assert (sent.logit_bias, sent.min_new_tokens, sent.max_new_tokens) == ({7: 1.5}, 2, 999)
+
+
+def test_an_adapter_that_only_the_first_worker_had_is_waited_for_and_then_refused(
+    new_bench: NewBench,
+) -> None:
+    bench = new_bench(max_attempts=3, start=False)
+    request_id = bench.submit(adapter="fitness")
+    first = bench.ledger.run(calls.claim("chatglm-6b", "another", 5))
+    assert first is not None
+    begin = time.monotonic()
+    bench.start()
+    bench.ledger.run(calls.release(request_id, first.attempt))
+
+    assert bench.ended(request_id)[-1].code == "unknown_adapter"
+
+    # Twice back to the queue, for half a second each; the third time it is enough.
+    assert time.monotonic() - begin > 1
+    status = bench.ledger.run(calls.status(request_id))
+    assert (status.state, status.attempt) == ("failed", 4)
+
+
+def test_another_worker_that_has_the_adapter_gets_the_request(new_bench: NewBench) -> None:
+    without, knowing = new_bench(start=False), new_bench(start=False)
+    request_id = without.submit(adapter="fitness")
+    first = without.ledger.run(calls.claim("chatglm-6b", "another", 5))
+    assert first is not None
+    without.ledger.run(calls.release(request_id, first.attempt))
+    without.start()
+    while without.running.get(request_id) is None:
+        time.sleep(0.005)
+    knowing.start()
+    knowing.claims.open(Prompts(Letters(), 1000, {"fitness"}))
+
+    assert knowing.generation(request_id).adapter == "fitness"
+
+
+def test_an_adapter_that_nobody_has_fails_a_new_request_at_once(bench: Any) -> None:
+    request_id = bench.submit(adapter="fitness")
+    assert bench.ended(request_id)[-1].code == "unknown_adapter"
+    assert bench.ledger.run(calls.status(request_id)).attempt == 1

@@ -214,3 +214,83 @@ def test_a_token_that_is_no_text_ends_its_own_request_alone(bench: Any) -> None:
     assert bench.ended(ids[0])[-1].code == "internal_error"
     assert bench.ended(ids[1])[-1].text == "A"
     assert bench.aborted == [bad]
+
+
+def forget_since(bench: Any, request_id: str, count: int) -> None:
+    """As if Redis had come back without what was written after about so many tokens."""
+    connection, keys = bench.ledger.connection, bench.ledger.keys
+    entries = connection.xrange(keys.events(request_id))
+    kept = [(entry_id, fields) for entry_id, fields in entries if int(entry_id.split("-")[0]) <= count]
+    connection.delete(keys.events(request_id))
+    for entry_id, fields in kept:
+        connection.xadd(keys.events(request_id), fields, id=entry_id)
+    connection.hset(
+        keys.request(request_id), mapping={"count": kept[-1][0].split("-")[0], "last": kept[-1][0]}
+    )
+
+
+def test_what_redis_has_lost_is_published_again(bench: Any) -> None:
+    request_id = bench.submit()
+    generation = bench.generation(request_id)
+    for letter in "abcdef":
+        bench.say(generation.sequence_id, letter)
+        time.sleep(0.05)
+    forget_since(bench, request_id, 3)
+
+    bench.say(generation.sequence_id, "gh", "stop")
+
+    started, *tokens, finished = bench.ended(request_id)
+    assert started.type == "started"
+    assert "".join(token.text for token in tokens) == finished.text == "abcdefgh"
+    assert [token.index - len(token.ids) for token in tokens] == [0, *(token.index for token in tokens[:-1])]
+
+
+def test_what_redis_has_lost_before_the_last_word_is_published_again(bench: Any) -> None:
+    request_id = bench.submit()
+    generation = bench.generation(request_id)
+    bench.say(generation.sequence_id, "abcdef")
+    while bench.ledger.run(calls.status(request_id)).num_tokens < 6:
+        time.sleep(0.01)
+    forget_since(bench, request_id, 1)
+
+    # An end that comes without a token.
+    bench.publisher.end(bench.running.get(request_id), "length")
+
+    _, *tokens, finished = bench.ended(request_id)
+    assert "".join(token.text for token in tokens) == finished.text == "abcdef"
+
+
+def test_a_claim_that_redis_has_lost_and_another_worker_made_is_not_written_to(new_bench: NewBench) -> None:
+    bench = new_bench()
+    request_id = bench.submit()
+    generation = bench.generation(request_id)
+    bench.say(generation.sequence_id, "ab")
+    while "token" not in bench.types(request_id):
+        time.sleep(0.01)
+    bench.claims.drain()
+    # The same attempt, by somebody else.
+    bench.ledger.connection.hset(bench.ledger.keys.request(request_id), "worker", "another")
+    before = bench.events(request_id)
+
+    bench.say(generation.sequence_id, "cd", "stop")
+
+    while len(bench.running):
+        time.sleep(0.01)
+    assert bench.events(request_id) == before
+
+
+def test_a_stream_that_never_fits_is_left_to_somebody_else(bench: Any) -> None:
+    request_id = bench.submit()
+    generation = bench.generation(request_id)
+    bench.say(generation.sequence_id, "ab")
+    while "token" not in bench.types(request_id):
+        time.sleep(0.01)
+    bench.claims.drain()
+    # More than this worker ever said.
+    bench.ledger.connection.hset(bench.ledger.keys.request(request_id), "count", 7)
+
+    bench.say(generation.sequence_id, "c", "stop")
+
+    while bench.ledger.run(calls.status(request_id)).state != "queued":
+        time.sleep(0.01)
+    assert len(bench.running) == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,8 +24,10 @@ from workers.engine.config import EngineConfig
 from workers.engine.messages import (
     Fatal,
     FromEngine,
+    Prefilling,
     Ready,
     Shutdown,
+    Step,
     ToEngine,
     from_engine_decoder,
     to_engine_encoder,
@@ -34,14 +37,27 @@ ENGINE_MODULE: Final = "workers.engine.process"
 
 
 class EngineDied(RuntimeError):
-    """The engine process is gone. `reason` is its last word, when it could give one."""
+    """The engine process is gone. `reason` is its last word, when it could give one, `prefilling` the sequences that it died over."""
 
-    def __init__(self, exit_code: int | None, reason: str | None) -> None:
+    def __init__(
+        self, exit_code: int | None, reason: str | None, prefilling: frozenset[int] = frozenset()
+    ) -> None:
         self.exit_code = exit_code
         self.reason = reason
+        self.prefilling = prefilling
         super().__init__(
             f"the engine process ended ({_exit_text(exit_code)}): {reason or 'it gave no reason'}"
         )
+
+    @property
+    def how(self) -> str:
+        """Such as `signal 11`."""
+        return _exit_text(self.exit_code)
+
+    @property
+    def is_killed(self) -> bool:
+        """By SIGKILL, which an engine does not do to itself."""
+        return self.exit_code == -signal.SIGKILL
 
 
 class EngineClient:
@@ -79,6 +95,8 @@ class EngineClient:
         self._connection = Connection(ours.detach())
         self._send_lock = threading.Lock()
         self._fatal: str | None = None
+        # A prefill may be launched before the tokens of the step before it were read, and a sequence that is aborted in it gets none.
+        self._prefills: tuple[frozenset[int], ...] = ()
         self._is_closed = False
         with contextlib.suppress(OSError):  # it died at once: `receive` reports that
             self._connection.send_bytes(msgspec.msgpack.encode(config))
@@ -86,6 +104,11 @@ class EngineClient:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def prefilling(self) -> frozenset[int]:
+        """The sequences that it computes from their beginning at this moment: those without a token yet."""
+        return frozenset().union(*self._prefills)
 
     @property
     def is_alive(self) -> bool:
@@ -109,14 +132,20 @@ class EngineClient:
         """The engine's next message; None when none comes in time.
 
         Raises EngineDied, once everything that it said before has been received. A `Fatal` is not returned: it is the
-        `reason` of that error.
+        `reason` of that error; nor is a `Prefilling`: see `prefilling`.
         """
         try:
             while timeout_seconds is None or self._connection.poll(timeout_seconds):
                 message = from_engine_decoder.decode(self._connection.recv_bytes())
-                if not isinstance(message, Fatal):
+                if isinstance(message, Fatal):
+                    self._fatal = message.message
+                elif isinstance(message, Prefilling):
+                    self._prefills = (*self._prefills[-1:], frozenset(message.sequence_ids))
+                else:
+                    if isinstance(message, Step) and self._prefills:
+                        left = (prefill.difference(message.sequence_ids) for prefill in self._prefills)
+                        self._prefills = tuple(prefill for prefill in left if prefill)
                     return message
-                self._fatal = message.message
         except (EOFError, OSError) as error:
             raise self._death() from error
         return None
@@ -173,7 +202,7 @@ class EngineClient:
         """The process has closed its end, so it ends now, if it has not ended yet."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
-        return EngineDied(self._process.poll(), self._fatal)
+        return EngineDied(self._process.poll(), self._fatal, self.prefilling)
 
 
 def _pin_device(config: EngineConfig, environ: dict[str, str]) -> tuple[EngineConfig, dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,8 @@ class Engine:
         self._launched: Launched | None = None
         """A step whose tokens were not read yet."""
         self._arrivals = itertools.count()
+        self.on_prefill: Callable[[list[int]], None] = lambda _sequence_ids: None
+        """Called with the sequences of a prefill before it is launched."""
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
@@ -191,6 +194,8 @@ class Engine:
         schedule = self.scheduler.schedule()
         if schedule is None:
             return None
+        if schedule.is_prefill:
+            self.on_prefill([sequence.sequence_id for sequence in schedule.sequences])
         launched = self._runner.launch(schedule)
         for sequence in schedule.sequences:
             sequence.num_pending += 1

@@ -86,6 +86,12 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     loaded_adapters: list[str] = []
 
 
+class Prefilling(msgspec.Struct, frozen=True, tag=True):
+    """A prefill of these sequences begins. If the engine dies before they have a token, they are under suspicion."""
+
+    sequence_ids: list[int]
+
+
 class Step(msgspec.Struct, frozen=True, tag=True):
     """The tokens of one engine step, three parallel lists, and the engine's state after it."""
 
@@ -129,7 +135,7 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-FromEngine = Ready | Step | Refused | AdaptersChanged | Fatal
+FromEngine = Ready | Prefilling | Step | Refused | AdaptersChanged | Fatal
 
 to_engine_encoder = msgspec.msgpack.Encoder()
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

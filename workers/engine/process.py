@@ -25,6 +25,7 @@ from workers.engine.messages import (
     FromEngine,
     Generate,
     LoadAdapter,
+    Prefilling,
     Ready,
     Refused,
     Shutdown,
@@ -56,6 +57,9 @@ class ServedAdapters(Protocol):
 class ServedEngine(Protocol):
     """What this process needs of an engine."""
 
+    on_prefill: Callable[[list[int]], None]
+    """Called with the sequences of a prefill before it begins."""
+
     @property
     def adapters(self) -> ServedAdapters: ...
 
@@ -84,6 +88,7 @@ def serve(connection: Connection, engine: ServedEngine) -> None:
     def send(message: FromEngine) -> None:
         connection.send_bytes(encoder.encode(message))
 
+    engine.on_prefill = lambda sequence_ids: send(Prefilling(sequence_ids))
     try:
         while True:
             while connection.poll(_patience(engine)):

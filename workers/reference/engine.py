@@ -9,6 +9,7 @@ import queue
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,6 +48,8 @@ class ReferenceEngine:
         self._admission = Admission(tokenizer, vocab_size, context_len)
         self._waiting: deque[Generate] = deque()
         self._answer: Answer | None = None
+        self.on_prefill: Callable[[list[int]], None] = lambda _sequence_ids: None
+        """Called with a sequence before its answer begins."""
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> ReferenceEngine:
@@ -124,7 +127,9 @@ class ReferenceEngine:
     def step(self) -> Step:
         """The next token of the sequence that runs. Call it only while there is work; raises what generate() raises."""
         if self._answer is None:
-            self._answer = Answer(self._reference, self._waiting.popleft(), self._tokenizer, self.context_len)
+            message = self._waiting.popleft()
+            self.on_prefill([message.sequence_id])
+            self._answer = Answer(self._reference, message, self._tokenizer, self.context_len)
         answer = self._answer
         token_id = answer.next_token()
         finish_reason = answer.finish_reason(token_id)
