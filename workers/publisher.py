@@ -15,7 +15,6 @@ from redis.exceptions import RedisError
 from producer.contract import Failed, Finished, RedisUnavailable, Started, Token, UnknownRequest
 from producer.contract.keys import MAX_ATTEMPTS
 from producer.ledger import Emission, EmitCode, Ledger, calls
-from producer.ledger.calls import OutOfStep
 from workers.engine.messages import Refused, Step
 from workers.logs import get_logger
 from workers.metrics import Metrics
@@ -305,9 +304,8 @@ class Publisher:
                     worker=self._worker_id,
                     num_tokens=len(running.token_ids),
                 )
-        try:
-            is_written = self._insist(lambda: self._ledger.run(call))
-        except OutOfStep:
+        is_written = self._insist(lambda: self._ledger.run(call))
+        if is_written is None:
             self._publish_again(running)
             return
         self._record(running, event, is_written=is_written)

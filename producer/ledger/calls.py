@@ -512,23 +512,20 @@ def emit(emissions: Iterable[Emission], *, worker: str = "") -> Call[list[EmitCo
     return Call("emit", ["".join(lines), worker], lambda codes: [EmitCode(code) for code in codes])
 
 
-class OutOfStep(Exception):
-    """The stream of a request has not the tokens that its worker has published: Redis came back without its last writes."""
-
-
 def finish(
     request_id: str, attempt: int, event: Finished, *, worker: str = "", num_tokens: int | None = None
-) -> Call[bool]:
+) -> Call[bool | None]:
     """End a request with its answer, or with what there is of it if it was cancelled. False: fenced.
 
-    num_tokens: that its stream must have; raises OutOfStep if it has others, and nothing is done.
+    num_tokens: that its stream must have; None is the answer, and nothing done, if it has others because Redis came back without its
+    last writes.
     """
     state = "cancelled" if event.reason == "cancelled" else "done"
     count = "" if num_tokens is None else num_tokens
     return Call("finish", [request_id, attempt, state, encode_event(event), worker, count], _is_ended)
 
 
-def fail(request_id: str, attempt: int, event: Failed, *, worker: str = "") -> Call[bool]:
+def fail(request_id: str, attempt: int, event: Failed, *, worker: str = "") -> Call[bool | None]:
     """End a request without an answer. False: fenced.
 
     A piece of a document goes back to the queue instead, once; the next time it ends, and its document with it.
@@ -536,13 +533,11 @@ def fail(request_id: str, attempt: int, event: Failed, *, worker: str = "") -> C
     return Call("finish", [request_id, attempt, "failed", encode_event(event), worker, ""], _is_ended)
 
 
-def _is_ended(code: int) -> bool:
-    if code == -3:
-        raise OutOfStep
-    return code >= 0
+def _is_ended(code: int) -> bool | None:
+    return None if code == -3 else code >= 0
 
 
-def release(request_id: str, attempt: int, *, worker: str = "") -> Call[bool]:
+def release(request_id: str, attempt: int, *, worker: str = "") -> Call[bool | None]:
     """Hand a running request back to the queue, at its old place. False: fenced."""
     return Call("release", [request_id, attempt, _CANCELLED, worker], lambda code: bool(code == 1))
 
