@@ -20,7 +20,7 @@ from typing import Final
 import torch
 
 from producer.embedded import binary_at, find_binary
-from tests.chaos import processes
+from tests.chaos import clocks, outages, processes, traffic
 from tests.chaos.battle import Suite
 from tests.chaos.deployment import ROOT
 from tests.chaos.strikes import Row
@@ -37,6 +37,16 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "rolling": processes.rolling_restart,
     "stopped-worker": processes.stopped_worker,
     "stopped-engine": processes.stopped_engine,
+    "redis": outages.server_killed,
+    "cut": outages.network_cut,
+    "cut-off": outages.worker_cut_off,
+    "disk": outages.disk_full,
+    "readers": traffic.readers_leave,
+    "tickets": traffic.tickets,
+    "cancels": traffic.cancel_storm,
+    "queue": traffic.queue_full,
+    "clocks": clocks.workers_clocks,
+    "redis-clock": clocks.server_clock,
 }
 
 

@@ -37,7 +37,7 @@ class Server:
     """One server of a state directory, with AOF, that can be killed and started again at the same address."""
 
     def __init__(self, state_dir: Path, binary: ServerBinary | None = None) -> None:
-        self._state_dir = state_dir
+        self.state_dir = state_dir
         self._binary = binary
         self._server = EmbeddedServer.start(state_dir, binary)
 
@@ -60,7 +60,7 @@ class Server:
 
     def start(self) -> None:
         """Again, after `kill`."""
-        self._server = EmbeddedServer.start(self._state_dir, self._binary)
+        self._server = EmbeddedServer.start(self.state_dir, self._binary)
 
     def stop(self) -> None:
         self._server.stop()
@@ -222,17 +222,23 @@ async def deployment(
     binary: ServerBinary | None = None,
     environ: Mapping[str, str] | None = None,
     redis_url: str | None = None,
+    worker_urls: Mapping[str, str] | None = None,
     server: Server | None = None,
     **settings: Any,
 ) -> AsyncIterator[Deployment]:
-    """`num_workers` ready workers with these options and environment, in this folder. redis_url: by which they reach the server,
-    if not directly; `settings`: of the clients. All processes end with it."""
+    """`num_workers` ready workers with these options and environment, in this folder. All processes end with it.
+
+    redis_url: by which everybody reaches the server, if not directly; worker_urls: by which a worker does, by its name. server: one that
+    was started already. settings: of the clients.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     server = server or Server(folder / "server", binary)
     try:
         known = Settings(redis_url=redis_url or server.url, state_dir=folder, **settings)
         workers = {
-            name: Worker(name, known, options, environ or {}, redis_url or server.url)
+            name: Worker(
+                name, known, options, environ or {}, (worker_urls or {}).get(name) or redis_url or server.url
+            )
             for name in (f"worker{number}" for number in range(num_workers))
         }
         try:

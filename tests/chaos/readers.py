@@ -100,7 +100,7 @@ class Readers:
         """Submit this request, and follow it from a task of its own. Raises what the client raises."""
         submitted = time.monotonic()
         submission = await self._client.submit(request, idempotency_key=idempotency_key)
-        chosen: Habit = habit or self._rng.choice(self._habits)
+        chosen = self._rng.choice(self._habits) if habit is None else habit
         stream = Stream(request, submission.request_id, submitted, chosen)
         self.streams.append(stream)
         task = asyncio.create_task(self._follow(stream, submission))
