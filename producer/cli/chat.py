@@ -11,7 +11,7 @@ import typer
 from producer.cli import options
 from producer.cli.answering import stream_answer
 from producer.client import Client
-from producer.contract import ChatRequest, ConversationBusy, RequestFailed
+from producer.contract import ChatRequest, ConversationBusy, QueueFull, RequestFailed
 from producer.contract.conversation import new_conversation_id
 
 
@@ -78,7 +78,7 @@ def converse(client: Client, request: ChatRequest, *, stats: bool) -> None:
             continue
         try:
             answer = stream_answer(client, request.replace(query=query))
-        except (ConversationBusy, RequestFailed) as error:
+        except (ConversationBusy, QueueFull, RequestFailed) as error:
             # The conversation goes on: a shorter question, or /new, may well be answered.
             print(f"glmq: {error}", file=sys.stderr)
             continue

@@ -137,7 +137,7 @@ class QueueFull(GlmqError):
         whose = (
             f"the queue of {model!r}"
             if tenant is None
-            else f"tenant {tenant!r}'s part of the queue of {model!r}"
+            else f"the part of tenant {tenant!r} in the queue of {model!r}"
         )
         super().__init__(
             f"{whose} is full ({bound}). Submit the same request again in {retry_after:.1f} s, "

@@ -79,7 +79,8 @@ local function wait_for_room(line, used, bound, rate, waiting_since)
   local name = tenant .. '|' .. digest
   local due = tonumber(redis.call('ZSCORE', line, name) or nil)
   local last = redis.call('ZRANGE', line, -1, -1, 'WITHSCORES')[2]
-  local share = (not last or (due and due <= now + EARLY_MS)) and 1 or 1 - KEPT_ROOM
+  local is_next = not last or (due and (due <= now + EARLY_MS or redis.call('ZRANGE', line, 0, 0)[1] == name))
+  local share = is_next and 1 or 1 - KEPT_ROOM
   local over_requests, over_tokens = over(1, share), over(2, share)
   if over_requests == 0 and over_tokens == 0 then
     if due then

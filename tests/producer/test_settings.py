@@ -72,6 +72,13 @@ def test_an_empty_variable_is_an_unset_one() -> None:
         ("GLMQ_CONVERSATION_SECONDS", "0", "Use 0.001 to"),
         ("GLMQ_REDIS_TIMEOUT_SECONDS", "x", "Give seconds"),
         ("GLMQ_RECONNECT_SECONDS", "1e12", "Use 0.001 to"),
+        ("GLMQ_MAX_QUEUED", "many", "Give a number"),
+        ("GLMQ_MAX_QUEUED_TOKENS", "-1", "Use 0 (none) or more"),
+        ("GLMQ_TENANT_MAX_QUEUED", "1.5", "Give a number"),
+        ("GLMQ_TENANT_MAX_QUEUED_TOKENS", "-5", "Use 0 (none) or more"),
+        ("GLMQ_TENANT_MAX_RUNNING", "-1", "Use 0 (none) or more"),
+        ("GLMQ_AGEING_SECONDS", "0", "Use 0.001 to"),
+        ("GLMQ_AGEING_CLAIMS", "x", "Give a number"),
     ],
 )
 def test_a_bad_value_names_its_variable_and_the_remedy(name: str, value: str, remedy: str) -> None:
