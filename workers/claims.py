@@ -19,10 +19,12 @@ from structlog.contextvars import bound_contextvars
 from producer.contract import (
     ChatRequest,
     ConversationBusy,
+    DeadlineUnmeetable,
     Failed,
     FoldRequest,
     IdempotencyConflict,
     InvalidRequest,
+    QueueFull,
     RedisUnavailable,
     Request,
     SummaryRequest,
@@ -46,6 +48,8 @@ from workers.tasks import carries_request, request_of
 
 logger = get_logger(__name__)
 
+MAX_AT_ONCE = 32
+"""Claims in one round trip."""
 HAND_ON_SECONDS: Final = 0.5
 """How long a request waits that has an adapter which this worker does not have, and then this worker for somebody else to take it."""
 
@@ -87,6 +91,8 @@ class Claims:
         """Tickets with a request that the ledger does not know yet."""
         self._tickets: deque[Ticket] = deque()
         self._next_look = 0.0
+        self._num_at_once = 1
+        """So many claims in one round trip next; doubled while all of them find work."""
         self._pause_until = 0.0
         self._is_draining = False
         self._is_stopping = False
@@ -216,9 +222,10 @@ class Claims:
                     request_id=request_id,
                     retention_seconds=retention,
                     conversation_seconds=self._settings.queue.conversation_seconds,
+                    bounds=self._settings.queue.bounds,
                 )
             )
-        except (InvalidRequest, ConversationBusy) as error:
+        except (InvalidRequest, ConversationBusy, QueueFull, DeadlineUnmeetable) as error:
             code = "invalid_request" if isinstance(error, InvalidRequest) else error.code
             self._metrics.on_task_refused(code)
             logger.info("refused", request_id=request_id, code=code)
@@ -237,40 +244,56 @@ class Claims:
         return True
 
     def _claim_next(self) -> bool:
-        """Claim one request, for a ticket or because it is time to look. False: nothing to do now."""
+        """Claim for the tickets that are here, or because it is time to look. False: nothing to do now.
+
+        While there is plenty, several requests are claimed in one round trip: behind the scripts that write a thousand
+        streams each round trip waits for milliseconds.
+        """
         with self._wake:
             if not self._may_claim():
                 return False
-            ticket = self._tickets.popleft() if self._tickets else None
-            if ticket is None and time.monotonic() < self._next_look:
+            num_tickets = len(self._tickets)
+            is_due = time.monotonic() >= self._next_look
+            if not num_tickets and not is_due:
                 return False
-        try:
-            claim = self._claim()
-        except Exception:
-            if ticket is not None:
-                with self._wake:
-                    self._tickets.appendleft(ticket)
-            raise
-        if claim is not None:
+            num_free = self._slots - len(self._running)
+            # A share of the free slots: other workers are to get some too.
+            number = min(max(num_tickets, self._num_at_once), MAX_AT_ONCE, max(num_free // 8, 1))
+        claims = self._claim(number)
+        for index, claim in enumerate(claims):
+            with self._wake:
+                ticket = self._tickets.popleft() if self._tickets else None
             if ticket is not None:
                 ticket.accept()
-            self._begin(claim, ticket)
+            try:
+                self._begin(claim, ticket)
+            except (RedisUnavailable, RedisError):
+                # The others of this batch are claimed, and nobody here knows them.
+                self._has_lost_claim = index + 1 < len(claims)
+                raise
+        if len(claims) == number:
+            self._num_at_once = 2 * number if is_due or number > 1 else 1
+            if number > 1:
+                self._next_look = 0.0
             return True
-        if ticket is not None:
-            # Somebody else was faster, or the ticket came twice.
-            ticket.complete()
-            return True
+        self._num_at_once = 1
         self._next_look = time.monotonic() + self._settings.look_seconds
-        return False
+        # Tickets that were here before came twice, or somebody else was faster.
+        for _ in range(num_tickets - len(claims)):
+            with self._wake:
+                ticket = self._tickets.popleft()
+            ticket.complete()
+        return num_tickets > 0
 
-    def _claim(self) -> Claim | None:
+    def _claim(self, number: int) -> list[Claim]:
+        """Up to so many."""
         if self._has_lost_claim:
             self._release_lost_claims()
             self._has_lost_claim = False
+        settings = self._settings
+        call = calls.claim(settings.model, settings.worker_id, settings.lease_seconds, settings.queue.order)
         try:
-            return self._ledger.run(
-                calls.claim(self._settings.model, self._settings.worker_id, self._settings.lease_seconds)
-            )
+            return [claim for claim in self._ledger.run_many([call] * number) if claim is not None]
         except (RedisUnavailable, RedisError):
             self._has_lost_claim = True
             raise

@@ -8,13 +8,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final, TypeVar, assert_never
 
 from redis.exceptions import RedisError
 
 from producer.contract import Failed, Finished, RedisUnavailable, Started, Token, UnknownRequest
 from producer.contract.keys import MAX_ATTEMPTS
-from producer.ledger import Emission, EmitCode, Ledger, calls
+from producer.ledger import Call, Emission, EmitCode, Ledger, calls
 from workers.engine.messages import Refused, Step
 from workers.logs import get_logger
 from workers.metrics import Metrics
@@ -33,6 +34,12 @@ MAX_OUT_OF_STEP: Final = 5
 """So often in a row the ledger may be without what was published; then somebody else shall try."""
 MAX_RETRY_SECONDS = 1.0
 """Between two attempts to reach Redis."""
+MAX_PAUSE_SECONDS = 2.0
+"""Between two flushes, however long the last one took."""
+ENDS_AT_ONCE = 32
+"""Requests that are ended in one round trip."""
+EVENTS_AT_ONCE = 256
+"""In one call of `emit`: others' calls wait as long as it takes."""
 
 
 class Publisher:
@@ -171,13 +178,13 @@ class Publisher:
     # --- publishing, in the publisher's thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
-        last_flush = 0.0
+        last_flush = last_took = 0.0
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._has_news or self._is_stopping)
-                due = last_flush + self._flush_seconds - time.monotonic()
-                if due > 0:
-                    self._wake.wait_for(lambda: self._is_urgent or self._is_stopping, timeout=due)
+                # Half of the time belongs to others: with a thousand streams more tokens then come in one event.
+                self._sleep_until(last_flush + 2 * last_took, is_urgent=False)
+                self._sleep_until(last_flush + self._flush_seconds, is_urgent=True)
                 self._has_news = self._is_urgent = False
                 is_stopping = self._is_stopping
             last_flush = time.monotonic()
@@ -188,28 +195,43 @@ class Publisher:
             except Exception:  # the loop is a boundary: the other requests go on
                 logger.exception("publishing failed")
                 time.sleep(self._flush_seconds)
+            last_took = time.monotonic() - last_flush
             if is_stopping:
                 return
+
+    def _sleep_until(self, due: float, *, is_urgent: bool) -> None:
+        """is_urgent: urgent news end it before."""
+        left = min(due - time.monotonic(), MAX_PAUSE_SECONDS)
+        if left > 0:
+            self._wake.wait_for(lambda: (is_urgent and self._is_urgent) or self._is_stopping, timeout=left)
 
     def _flush(self) -> None:
         """Everything new, then the ends of those requests that have said everything."""
         batch = self._collect()
         if batch:
             begin = time.monotonic()
-            codes = self._insist(
-                lambda: self._ledger.run(
-                    calls.emit((emission for _, emission in batch), worker=self._worker_id)
-                )
-            )
+            codes: list[EmitCode] = []
+            for start in range(0, len(batch), EVENTS_AT_ONCE):
+                emissions = (emission for _, emission in batch[start : start + EVENTS_AT_ONCE])
+                call = calls.emit(emissions, worker=self._worker_id)
+                codes += self._insist(partial(self._ledger.run, call))
             num_tokens = sum(
                 len(emission.event.ids) for _, emission in batch if isinstance(emission.event, Token)
             )
             self._metrics.on_flush(time.monotonic() - begin, num_tokens)
             for (running, emission), code in zip(batch, codes, strict=True):
                 self._settle(running, emission, code)
-        for running in self._running:
-            if running.end is not None and running.num_published == len(running.token_ids):
-                self._publish_end(running)
+        ended = [
+            running
+            for running in self._running
+            if running.end is not None and running.num_published == len(running.token_ids)
+        ]
+        lost = [running for running in ended if isinstance(running.end, Lost)]
+        ended = [running for running in ended if not isinstance(running.end, Lost)]
+        for start in range(0, len(ended), ENDS_AT_ONCE):
+            self._publish_ends(ended[start : start + ENDS_AT_ONCE])
+        for running in lost:
+            self._publish_loss(running)
 
     def _collect(self) -> list[tuple[RunningRequest, Emission]]:
         """What the ledger does not have yet. A batch is sent until it is answered, so the next one starts after it."""
@@ -278,41 +300,37 @@ class Publisher:
                 log.warning("the ledger has lost what was published: it is published again")
         self._notify(is_urgent=True)
 
-    def _publish_end(self, running: RunningRequest) -> None:
+    def _publish_ends(self, ended: list[RunningRequest]) -> None:
+        """In one round trip."""
+        ends = [self._end_of(running) for running in ended]
+        written = self._insist(lambda: self._ledger.run_many([call for _, call in ends]))
+        for running, (event, _), is_written in zip(ended, ends, written, strict=True):
+            if is_written is None:
+                self._publish_again(running)
+                continue
+            self._record(running, event, is_written=is_written)
+            if self._running.remove(running):
+                self._on_gone(running)
+
+    def _end_of(self, running: RunningRequest) -> tuple[Finished | Failed | None, Call[bool | None]]:
+        """What its reader is told, None if nothing, and how the ledger is."""
         end = running.end
         assert end is not None, "only requests that have ended"
-        if isinstance(end, Lost):
-            self._publish_loss(running, end)
-            return
-        event: Finished | Failed | None
+        assert not isinstance(end, Lost), "that is no end"
+        id_, attempt, worker = running.request_id, running.attempt, self._worker_id
         if isinstance(end, Failed):
-            event = end
-            call = calls.fail(running.request_id, running.attempt, end, worker=self._worker_id)
-        elif end == RELEASED:
-            event = None
-            call = calls.release(running.request_id, running.attempt, worker=self._worker_id)
-        else:
-            finished = running.finished(end)
-            event = running.check(finished) or finished
-            if isinstance(event, Failed):
-                call = calls.fail(running.request_id, running.attempt, event, worker=self._worker_id)
-            else:
-                call = calls.finish(
-                    running.request_id,
-                    running.attempt,
-                    event,
-                    worker=self._worker_id,
-                    num_tokens=len(running.token_ids),
-                )
-        is_written = self._insist(lambda: self._ledger.run(call))
-        if is_written is None:
-            self._publish_again(running)
-            return
-        self._record(running, event, is_written=is_written)
-        if self._running.remove(running):
-            self._on_gone(running)
+            return end, calls.fail(id_, attempt, end, worker=worker)
+        if end == RELEASED:
+            return None, calls.release(id_, attempt, worker=worker)
+        finished = running.finished(end)
+        event = running.check(finished) or finished
+        if isinstance(event, Failed):
+            return event, calls.fail(id_, attempt, event, worker=worker)
+        return event, calls.finish(id_, attempt, event, worker=worker, num_tokens=len(running.token_ids))
 
-    def _publish_loss(self, running: RunningRequest, lost: Lost) -> None:
+    def _publish_loss(self, running: RunningRequest) -> None:
+        lost = running.end
+        assert isinstance(lost, Lost), "only what is lost"
         call = calls.lose(
             running.request_id,
             running.attempt,

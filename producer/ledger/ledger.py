@@ -6,6 +6,7 @@ Knows connections and their errors; what a call does and answers is the call's b
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, Self, TypeVar
 
 import redis
@@ -65,6 +66,33 @@ class Ledger:
         except redis.RedisError as error:
             raise_unavailable(self.address, error)
             raise
+
+    def run_many(self, wanted: Sequence[Call[T]]) -> list[T]:
+        """The answers of several calls in one round trip. Each is on its own, as with `run`: others may come in between.
+
+        Raises as `run` does, for the first call that failed; those after it may have been done.
+        """
+        if len(wanted) == 1:
+            return [self.run(wanted[0])]
+        pipeline: Any
+        with self.connection.pipeline(transaction=False) as pipeline:
+            for call in wanted:
+                pipeline.execute_command("EVALSHA", script(call.script).sha, 1, self.keys.prefix, *call.args)
+            try:
+                answers = pipeline.execute(raise_on_error=False)
+            except redis.RedisError as error:
+                raise_unavailable(self.address, error)
+                raise
+        parsed: list[T] = []
+        for call, answer in zip(wanted, answers, strict=True):
+            if isinstance(answer, redis.exceptions.NoScriptError):
+                parsed.append(self.run(call))
+            elif isinstance(answer, redis.RedisError):
+                raise_unavailable(self.address, answer)
+                raise answer
+            else:
+                parsed.append(self.run(call) if call.again(answer) else call.parse(answer))
+        return parsed
 
     def close(self) -> None:
         self.connection.close()

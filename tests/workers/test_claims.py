@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import pytest
 
 from producer.contract import ChatRequest, Failed, RedisUnavailable, SamplingParams, Started, Token
-from producer.ledger import Call, Emission, calls
+from producer.ledger import Call, Claim, Emission, calls
 from tests.workers.conftest import Letters
 from workers.engine.client import EngineDied
 from workers.engine.messages import Generate
+from workers.pool import Ticket
 from workers.prompts import Prompts
 
 NewBench = Callable[..., Any]
@@ -318,6 +319,54 @@ def test_a_request_keeps_its_seed_and_sampling_on_the_way_to_the_engine(bench: A
 
     assert (sent.seed, sent.temperature, sent.top_k) == (42, 0.5, 3)
     assert (sent.logit_bias, sent.min_new_tokens, sent.max_new_tokens) == ({7: 1.5}, 2, 999)
+
+
+def test_a_crowd_is_claimed_in_few_round_trips_and_its_tickets_are_all_used_up(new_bench: NewBench) -> None:
+    bench = new_bench(start=False, slots=400, look_seconds=5)
+    ids = [bench.submit() for _ in range(120)]
+    tickets = [bench.ticket() for _ in range(150)]
+    sizes: list[int] = []
+    run_many = bench.ledger.run_many
+
+    def counting(wanted: Sequence[Call[T]]) -> list[T]:
+        sizes.append(len(wanted))
+        return run_many(wanted)
+
+    bench.ledger.run_many = counting
+    for ticket in tickets:
+        bench.claims.take(ticket)
+    bench.start()
+    for request_id in ids:
+        bench.generation(request_id)
+
+    assert len(sizes) < 12
+    assert max(sizes) <= 32
+    # 30 tickets told of nothing.
+    while len(bench.completed) < 30:
+        time.sleep(0.01)
+    assert len(bench.accepted) == 150
+
+
+def test_what_was_claimed_together_with_a_request_that_meets_an_outage_is_not_lost(
+    new_bench: NewBench,
+) -> None:
+    bench = new_bench(start=False, slots=400)
+    ids = [bench.submit() for _ in range(16)]
+    begin, failed = bench.claims._begin, []
+
+    def failing_once(claim: Claim, ticket: Ticket | None) -> None:
+        if claim.request_id == ids[2] and not failed:
+            failed.append(claim)
+            raise RedisUnavailable("somewhere", "away for a moment")
+        begin(claim, ticket)
+
+    bench.claims._begin = failing_once
+    for _ in ids:
+        bench.claims.take(bench.ticket())
+    bench.start()
+
+    for request_id in ids:
+        bench.generation(request_id)
 
 
 def test_an_adapter_that_only_the_first_worker_had_is_waited_for_and_then_refused(

@@ -9,13 +9,14 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+import redis
 
 from producer.contract import ChatRequest, IdempotencyConflict, InvalidSetting, QueueFull, RedisUnavailable
 from producer.contract import keys as keys_page
 from producer.contract.keys import Keys
 from producer.contract.tenants import QueueBounds
 from producer.embedded import EmbeddedServer
-from producer.ledger import AsyncLedger, Ledger, calls
+from producer.ledger import AsyncLedger, Call, Ledger, calls
 from producer.ledger.scripts import script, script_names
 
 if TYPE_CHECKING:
@@ -97,8 +98,8 @@ def test_every_key_is_on_the_page_of_keys_with_its_lifetime(
     ledger.run(calls.renew("worker-1", [(running.request_id, 1)], 5.0, about={"slots": 1}))
     worker.submit(ChatRequest(query="q", deadline_seconds=60, tenant="other"))
     ledger.connection.hset(keys.tenants, "other", '{"weight": 2}')
+    bounds = QueueBounds(max_queued=1)
     with pytest.raises(QueueFull):
-        bounds = QueueBounds(max_queued=1)
         ledger.run(calls.submit(ChatRequest(query="refused"), model="chatglm-6b", bounds=bounds))
 
     page = keys_page.__doc__ or ""
@@ -138,3 +139,23 @@ def test_every_key_is_on_the_page_of_keys_with_its_lifetime(
         lives = key in endless or (done.request_id not in key and re.search("request:|events:", key))
         assert (ledger.connection.ttl(key) == -1) == bool(lives), key
     assert found == set(documented)
+
+
+def test_many_calls_take_one_round_trip_and_answer_as_one_by_one(ledger: Ledger) -> None:
+    ids = [ledger.run(calls.submit(ChatRequest(query=str(n)), model="m")).request_id for n in range(5)]
+    ledger.connection.script_flush()
+
+    claims = ledger.run_many([calls.claim("m", "w", 5)] * 7)
+
+    assert [claim.request_id if claim else None for claim in claims] == [*ids, None, None]
+    assert ledger.run_many([]) == []
+
+
+def test_a_call_that_fails_among_others_raises_after_they_were_done(ledger: Ledger) -> None:
+    request_id = ledger.run(calls.submit(ChatRequest(query="a"), model="m")).request_id
+    wrong = Call("emit", [], lambda codes: codes)
+
+    with pytest.raises(redis.ResponseError):
+        ledger.run_many([wrong, calls.claim("m", "w", 5)])
+
+    assert ledger.run(calls.status(request_id)).state == "running"
