@@ -1,7 +1,7 @@
 """Measures one full-size linear layer on this CPU in every form, at several batch sizes; milliseconds, the best of many.
 
-    python ops/bench/cpu_linear.py
-    python ops/bench/cpu_linear.py --threads 2 --batches 1 4 16 --inputs 4096 --outputs 16384
+    python -m ops.bench.cpu_linear
+    python -m ops.bench.cpu_linear --threads 2 --batches 1 4 16 --inputs 4096 --outputs 16384
 
 `ours` is what a worker runs by default (ONNX Runtime, 8-bit activations) and with `--activations full` (exact); beside it the
 unquantized layer, and the operators of torch and their own price. Weights are random: they do not change the speed. The best of

@@ -1,8 +1,8 @@
 """Measures a model of ChatGLM-6B's size on this CPU: loading, memory, first token, decode.
 
-    python ops/bench/cpu_model.py                       # int4, fp16 head
-    python ops/bench/cpu_model.py --bits 4 --head int8
-    python ops/bench/cpu_model.py --keep /tmp/6b-int4   # keeps the checkpoint, or uses it if it is there
+    python -m ops.bench.cpu_model                       # int4, fp16 head
+    python -m ops.bench.cpu_model --bits 4 --head int8
+    python -m ops.bench.cpu_model --keep /tmp/6b-int4   # keeps the checkpoint, or uses it if it is there
 
 Weights are random: they do not change the speed. The checkpoint has the form that `glmq quantize` writes. Loading and running
 happen in a process of their own, whose largest resident size is compared with the checkpoint's.
@@ -165,7 +165,7 @@ def main() -> None:
             flush=True,
         )
         environ = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # as a worker starts its engine
-        subprocess.run([sys.executable, *sys.argv, "--measure", str(folder)], check=True, env=environ)
+        subprocess.run([sys.executable, "-m", "ops.bench.cpu_model", *sys.argv[1:], "--measure", str(folder)], check=True, env=environ)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tokens a second of the engine's decode step, for batches and contexts, on random weights of the full size.
 
-    python ops/bench/engine.py --weights int4 --batch 1 16 64 --context 256 [--kv int8] [--head int8]
-    python ops/bench/engine.py --weights fp8 --kv int8 --requests 1024x128x128
+    python -m ops.bench.engine --weights int4 --batch 1 16 64 --context 256 [--kv int8] [--head int8]
+    python -m ops.bench.engine --weights fp8 --kv int8 --requests 1024x128x128
 
 Prints each figure beside the roof that memory bandwidth sets (weights and cache read once) and appends it to
 results.jsonl. The whole step counts: network, head, sampling, and the copies of its inputs and tokens. `--requests`

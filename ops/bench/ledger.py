@@ -1,6 +1,6 @@
 """Measures what the queue costs: submit in the caller, claim, the fenced emit of 256 requests, and 256 streams at 50 tokens/s.
 
-    python ops/bench/ledger.py
+    python -m ops.bench.ledger
 
 Uses REDIS_URL, else starts an embedded server with an append-only file, as in production. Beside each figure: the limit that
 the project has set itself, and what the same server needs for a PING, the floor of any call.

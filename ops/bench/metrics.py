@@ -1,4 +1,4 @@
-"""What watching a worker costs it: `python ops/bench/metrics.py`.
+"""What watching a worker costs it: `python -m ops.bench.metrics`.
 
 CPU time of the thread that does it, so that a busy machine changes little. The roof is a step's budget: 256 sequences at 50 steps a second.
 """

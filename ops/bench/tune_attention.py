@@ -1,6 +1,6 @@
 """Finds the fastest division of the decode attention's work on this GPU, for batches and contexts.
 
-    python ops/bench/tune_attention.py [--kv fp16 int8] [--batch 1 16 64]
+    python -m ops.bench.tune_attention [--kv fp16 int8] [--batch 1 16 64]
 
 Each plan runs in a chain over several layers' caches, which together are several times the L2, in a CUDA graph.
 """

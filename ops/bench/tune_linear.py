@@ -1,6 +1,6 @@
 """Finds the fastest builds of the decode linears on this GPU, and checks each against float32 first.
 
-    python ops/bench/tune_linear.py [--formats INT4 F16] [--rows 1 16 64] [--json plans.json]
+    python -m ops.bench.tune_linear [--formats INT4 F16] [--rows 1 16 64] [--json plans.json]
 
 Each build runs in a chain of launches over weights that together are several times the L2, in a CUDA graph, the way a
 decode step runs it.
