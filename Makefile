@@ -54,7 +54,7 @@ test-metrics: setup  ## Metrics, dashboards and alerts against a real Prometheus
 	$(BIN)/pytest tests/ops tests/workers/test_metrics.py tests/journey/test_metrics.py $(ARGS)
 
 bench: setup  ## Benchmarks of this machine: make bench ARGS="engine --batch 16"
-	$(BIN)/python -m ops.bench $(ARGS)
+	$(BIN)/python -m ops.bench.$(ARGS)
 
 lock:  ## Resolve anew and write requirements.lock (torch stays: see the file)
 	@rm -rf build/lock && $(PYTHON) -m venv build/lock

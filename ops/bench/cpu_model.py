@@ -165,7 +165,11 @@ def main() -> None:
             flush=True,
         )
         environ = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # as a worker starts its engine
-        subprocess.run([sys.executable, "-m", "ops.bench.cpu_model", *sys.argv[1:], "--measure", str(folder)], check=True, env=environ)
+        subprocess.run(
+            [sys.executable, "-m", "ops.bench.cpu_model", *sys.argv[1:], "--measure", str(folder)],
+            check=True,
+            env=environ,
+        )
 
 
 if __name__ == "__main__":
