@@ -36,6 +36,8 @@ def celery_settings(redis_url: str, namespace: str) -> dict[str, Any]:
         "worker_send_task_events": False,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
+        # A server whose disk is full answers a BRPOP with an error; without this the worker would end instead of trying again.
+        "broker_channel_error_retry": True,
         "broker_transport_options": {
             "global_keyprefix": broker_key_prefix(namespace),
             "visibility_timeout": 30,

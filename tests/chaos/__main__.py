@@ -22,6 +22,7 @@ import torch
 from producer.embedded import binary_at, find_binary
 from tests.chaos import clocks, outages, processes, traffic
 from tests.chaos.battle import Suite
+from tests.chaos.continuation import continuation
 from tests.chaos.deployment import ROOT
 from tests.chaos.strikes import Row
 from tests.chaos.table import print_table
@@ -45,8 +46,10 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "tickets": traffic.tickets,
     "cancels": traffic.cancel_storm,
     "queue": traffic.queue_full,
+    "poison": traffic.poison,
     "clocks": clocks.workers_clocks,
     "redis-clock": clocks.server_clock,
+    "continuation": continuation,
 }
 
 

@@ -59,17 +59,26 @@ class Battle:
 
     async def verdicts(self) -> list[Row]:
         """Ask nothing more, wait for every answer, and judge. A row for each kind of strike."""
-        await self.load.stop()
-        await self.readers.wait(END_SECONDS)
+        begin = time.monotonic()
+        await self.load.stop(END_SECONDS)
+        await self.readers.wait(max(begin + END_SECONDS - time.monotonic(), 1.0))
         leftovers = await self._leftovers()
         with self.deployment.connection() as connection:
             kept = Kept(connection, self.deployment.settings.keys)
             verdicts = await asyncio.to_thread(judge, self.readers.streams, kept, self.undisturbed)
         found = rows(self.strikes, verdicts)
-        found[-1].problems += leftovers
+        found[-1].problems += [*leftovers, *self._dead()]
         num_tokens = sum(stream.num_tokens for stream in self.readers.streams)
         self.say(f"{len(self.readers.streams)} streams, {num_tokens} tokens judged")
         return found
+
+    def _dead(self) -> list[str]:
+        """Every worker that died at the suite's hands was started again; any other should not have died."""
+        return [
+            f"{worker.worker_id} ended by itself with exit code {worker.process.returncode}:\n{worker.log_path.read_text()[-2000:]}"
+            for worker in self.workers
+            if not worker.is_running
+        ]
 
     async def _leftovers(self) -> list[str]:
         """What is still queued, leased or running although all have ended; the end of a stream comes just before."""

@@ -75,6 +75,7 @@ class Worker:
     options: tuple[str, ...]
     environ: Mapping[str, str]
     redis_url: str
+    module: str = "workers"
     life: int = 0
     started_at: float = 0.0
     restart_seconds: list[float] = field(default_factory=list)
@@ -114,7 +115,7 @@ class Worker:
         }
         with self.log_path.open("w") as log:
             self._process = subprocess.Popen(
-                tethered([sys.executable, "-m", "workers", *self.options]),
+                tethered([sys.executable, "-m", self.module, *self.options]),
                 cwd=ROOT,
                 env=environ,
                 stdin=subprocess.DEVNULL,
@@ -219,6 +220,7 @@ async def deployment(
     *,
     num_workers: int = 2,
     options: tuple[str, ...] = ("--threads", "1"),
+    module: str = "workers",
     binary: ServerBinary | None = None,
     environ: Mapping[str, str] | None = None,
     redis_url: str | None = None,
@@ -228,7 +230,7 @@ async def deployment(
 ) -> AsyncIterator[Deployment]:
     """`num_workers` ready workers with these options and environment, in this folder. All processes end with it.
 
-    redis_url: by which everybody reaches the server, if not directly; worker_urls: by which a worker does, by its name. server: one that
+    module: what a worker runs. redis_url: by which everybody reaches the server, if not directly; worker_urls: by which a worker does, by its name. server: one that
     was started already. settings: of the clients.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -237,7 +239,12 @@ async def deployment(
         known = Settings(redis_url=redis_url or server.url, state_dir=folder, **settings)
         workers = {
             name: Worker(
-                name, known, options, environ or {}, (worker_urls or {}).get(name) or redis_url or server.url
+                name,
+                known,
+                options,
+                environ or {},
+                (worker_urls or {}).get(name) or redis_url or server.url,
+                module,
             )
             for name in (f"worker{number}" for number in range(num_workers))
         }

@@ -36,10 +36,14 @@ class Load:
     def start_documents(self, number: int) -> None:
         self._tasks += [asyncio.create_task(self._summarize()) for _ in range(number)]
 
-    async def stop(self) -> None:
-        """Ask nothing more. What was asked goes on."""
+    async def stop(self, seconds: float) -> None:
+        """Ask nothing more, and wait at most so long until nobody waits who would have asked again."""
         self._is_stopping.set()
-        await asyncio.gather(*self._tasks)
+        if self._tasks:
+            _, waiting = await asyncio.wait(self._tasks, timeout=seconds)
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def done(self) -> None:
         """Until everything that is paced or has an end has been asked."""

@@ -8,9 +8,11 @@ import time
 from typing import Any, Final
 
 from producer.celery_settings import broker_key_prefix
-from producer.contract import Finished, QueueFull
+from producer.contract import ChatRequest, Failed, Finished, QueueFull, SamplingParams
 from producer.contract.tenants import QueueBounds
 from tests.chaos.battle import Battle, Suite
+from tests.chaos.poisoned_engine import POISONS
+from tests.chaos.processes import TAKEOVER_SECONDS
 from tests.chaos.readers import Stream
 from tests.chaos.strikes import Row, Strike
 
@@ -145,6 +147,34 @@ async def queue_full(suite: Suite) -> list[Row]:
             found[0].notes.append(
                 f"{len(refusals)} refusals, told to come again in {min(refusals):.2f} to {max(refusals):.2f} s"
             )
+        return found
+
+
+async def poison(suite: Suite) -> list[Row]:
+    """Requests that kill whoever answers them, among others that do not: they become dead letters, and the others are answered."""
+    async with suite.battle(module="tests.chaos.poisoned_worker") as battle:
+        for _ in range(suite.times(1)):
+            for seed, poison in POISONS.items():
+                await battle.until_live(number=4)
+                strike = battle.strike("poison request", victims=None, bound=TAKEOVER_SECONDS)
+                sampling = SamplingParams(seed=seed, max_new_tokens=50, min_new_tokens=50)
+                stream = await battle.load.submit(ChatRequest(query="毒", sampling=sampling))
+                stream.may_fail = ("dead_letter",)
+                await _until_over(stream, 60.0)
+                strike.until = time.monotonic()
+                battle.say(f"{poison.name}: {stream.end or 'no end'} after {strike.until - strike.at:.1f} s")
+                if not isinstance(stream.end, Failed):
+                    return [
+                        Row(strike.event, 0.0, problems=[f"{poison.name} is no dead letter: {stream.end}"])
+                    ]
+                # Each poison finds both workers as they were.
+                await asyncio.gather(*(worker.wait_until_ready() for worker in battle.workers))
+                await battle.until_live(number=4)
+        found = await battle.verdicts()
+        attempts = [
+            stream.end.attempts for stream in battle.readers.streams if isinstance(stream.end, Finished)
+        ]
+        found[0].notes.append(f"the others needed up to {max(attempts)} attempts")
         return found
 
 
