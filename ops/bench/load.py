@@ -1,7 +1,7 @@
 """The whole system under load: streaming clients, Redis, Celery, a worker, an engine. Beside it stands the same engine alone.
 
-    python -m ops.bench.queue --checkpoint CHECKPOINT --clients 1024 --prompt 128 --answer 128 --slots 1024 -- --quantize fp8 --cache-dtype int8
-    python -m ops.bench.queue --paced --clients 1024 --slots 1024
+    python -m ops.bench.load --checkpoint CHECKPOINT --clients 1024 --prompt 128 --answer 128 --slots 1024 -- --quantize fp8 --cache-dtype int8
+    python -m ops.bench.load --paced --clients 1024 --slots 1024
 
 What comes after `--` are options of the worker. All clients submit at once, each reads its stream to the end and checks that every
 token came once and in order; tokens/s count from the first submit to the last end. `--rounds` has each client ask so often, one
