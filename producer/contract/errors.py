@@ -158,15 +158,15 @@ class DeadlineUnmeetable(GlmqError):
 
     code = "deadline_unmeetable"
 
-    def __init__(self, model: str, deadline_seconds: float, wait_seconds: float) -> None:
+    def __init__(self, model: str, deadline_seconds: float, wait_seconds: float, retry_after: float) -> None:
         super().__init__(
             f"deadline_seconds: {deadline_seconds:g} s are not enough: requests of this kind wait {wait_seconds:.1f} s in the queue "
-            f"of {model!r} now. Give it more time or a more urgent priority, or submit it again in {wait_seconds - deadline_seconds:.1f} s."
+            f"of {model!r} now. Give it more time or a more urgent priority, or submit it again in {retry_after:.1f} s."
         )
         self.wait_seconds = wait_seconds
         """Until its turn, by estimate."""
-        self.retry_after = wait_seconds - deadline_seconds
-        """Seconds after which the deadline can be met, if nothing more urgent comes."""
+        self.retry_after = retry_after
+        """Seconds after which the deadline can be met, by estimate, and those who were refused before have been let in."""
 
 
 class UnknownConversation(GlmqError, LookupError):

@@ -17,8 +17,9 @@ key                                     type       content and lifetime
 {ns}:usage:<model>|<tenant>             hash       what a tenant has here (fields below); an hour after nothing is
 {ns}:load:<model>                       hash       what a queue has and how fast it drains (fields below); no expiry
 {ns}:deadlines                          zset       queued ids by deadline (ms), where they have one; no expiry
-{ns}:promised:<model>                   zset       `<tenant>|<digest>` of refused submissions by the time (ms) at which they may
-                                                   come back; a minute. `{ns}:promised:<model>|<tenant>`: by one tenant's bound
+{ns}:promised:<model>                   zset       the line of refused submissions: `<tenant>|<digest>` by the time (ms) of the first
+                                                   refusal; a minute. `{ns}:promised:<model>|<tenant>`: at one tenant's bound
+{ns}:expected:<model>                   zset       the same by the time (ms) at which each was told to come back; also by tenant
 {ns}:tenants                            hash       tenant → `TenantSettings` (JSON); no expiry
 {ns}:leases                             zset       running request ids by the time (ms) at which their lease ends;
                                                    no expiry
@@ -126,6 +127,9 @@ class Keys:
 
     def promised(self, model: str) -> str:
         return f"{self.prefix}promised:{model}"
+
+    def expected(self, model: str) -> str:
+        return f"{self.prefix}expected:{model}"
 
     @property
     def tenants(self) -> str:

@@ -128,7 +128,7 @@ def submit(
                 f"{bound} {what}",
             )
         if code == -4:
-            raise DeadlineUnmeetable(model, request.deadline_seconds or 0, known_id / 1000)
+            raise DeadlineUnmeetable(model, request.deadline_seconds or 0, known_id / 1000, answer[2] / 1000)
         if code == -1:
             raise IdempotencyConflict(own_id if idempotency_key is None else idempotency_key, known_id)
         if code == -2:

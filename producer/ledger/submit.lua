@@ -4,7 +4,7 @@
 --       tokens that it will take, by estimate, and the bounds (0: none): requests in the queue, their tokens, requests of one tenant, their tokens
 -- Answers {1 new | 0 known before | -1 the id or the idempotency key belongs to another body, id of the request}, or
 -- {-2, id of the request that is being answered in the conversation}, {-3, reason, ms after which to try again, what is full, its bound}, or
--- {-4, ms that it would wait before its turn}. What is refused leaves a count of its reason and, if it shall come back, its place in the line.
+-- {-4, ms that it would wait before its turn, ms after which to try again}. What is refused leaves a count of its reason and, if it shall come back, its place in the line.
 
 local id, digest, model, tenant, priority, request = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local deadline, retention, idempotency_key, idempotency_ms = tonumber(ARGV[7]), ARGV[8], ARGV[9], ARGV[10]
@@ -12,13 +12,16 @@ local conversation, conversation_id, lifetime = ARGV[11], ARGV[12], ARGV[13]
 local tokens = tonumber(ARGV[14])
 local key = request_key(id)
 
--- Those who were refused are told when there will be room for them, one behind the other, and not all the same moment. That only holds if nobody else takes
--- the room first: while somebody has such a promise, this part of a bound is for those who come back, known by tenant and digest.
+-- Those who were refused stand in a line, known by tenant and digest: each is told when those before it and then itself will have found room, and not all the same
+-- moment. Who comes back finds room when all who are left before it have some, too. Room that nobody of the line takes goes to others: beyond this part of a
+-- bound they are let in whoever stands in the line.
 local KEPT_ROOM = 0.1
--- Nobody is told a longer time, and beyond it nothing is promised.
+-- Nobody is told a longer time, and whose turn is later does not stand in the line.
 local HORIZON_MS = 60000
--- A promise holds from somewhat before its time to somewhat after it: clients round.
-local EARLY_MS, LATE_MS = 50, 2000
+-- Nobody is told a shorter time.
+local LEAST_MS = 50
+-- Who has not come back so long after its time has left the line.
+local LATE_MS = 2000
 -- No rate is believed that was measured for less than this.
 local LEAST_MEASURED_MS = 1000
 
@@ -61,53 +64,57 @@ local function drain_rate(drained, drained_ms, drained_at)
   end
 end
 
--- One of two bounds: the model's and the tenant's. Answers ms after which there is room for this request, and what is full and its bound; nil if there is room now.
--- `used` and `bound` are {requests, tokens}.
-local function wait_for_room(line, used, bound, rate, waiting_since)
-  local size = {1, tokens}
-  local function over(which, share)
+-- One of the bounds: the model's or, `whose` '|<tenant>', the tenant's. Answers ms after which there is room for this request, what is full, and its bound; nil if
+-- there is room now. `used` and `bound` are {requests, tokens}.
+local function wait_for_room(whose, used, bound, rate, waiting_since)
+  local function over(which, each, num_ahead, share)
     -- What is larger than the whole queue may be alone in it.
     if bound[which] <= 0 or used[which] == 0 then
       return 0
     end
-    return math.max(used[which] + size[which] - math.floor(bound[which] * share), 0)
+    return math.max(used[which] + (num_ahead + 1) * each - math.floor(bound[which] * share), 0)
   end
-  if over(1, 1 - KEPT_ROOM) == 0 and over(2, 1 - KEPT_ROOM) == 0 then
+  if over(1, 1, 0, 1 - KEPT_ROOM) == 0 and over(2, tokens, 0, 1 - KEPT_ROOM) == 0 then
     return nil
   end
-  redis.call('ZREMRANGEBYSCORE', line, '-inf', '(' .. (now - LATE_MS))
+  local line, expected = prefix .. 'promised:' .. model .. whose, prefix .. 'expected:' .. model .. whose
   local name = tenant .. '|' .. digest
-  local due = tonumber(redis.call('ZSCORE', line, name) or nil)
-  local last = redis.call('ZRANGE', line, -1, -1, 'WITHSCORES')[2]
-  local is_next = not last or (due and (due <= now + EARLY_MS or redis.call('ZRANGE', line, 0, 0)[1] == name))
-  local share = is_next and 1 or 1 - KEPT_ROOM
-  local over_requests, over_tokens = over(1, share), over(2, share)
-  if over_requests == 0 and over_tokens == 0 then
-    if due then
-      redis.call('ZREM', line, name)
-    end
-    return nil
+  for _, gone in ipairs(redis.call('ZRANGEBYSCORE', expected, '-inf', '(' .. (now - LATE_MS), 'LIMIT', 0, 100)) do
+    redis.call('ZREM', expected, gone)
+    redis.call('ZREM', line, gone)
   end
-  local need = math.max(over(1, 1) * used[2] / used[1], over(2, 1))
-  if not due or due <= now + EARLY_MS then
+  local rank = redis.call('ZRANK', line, name)
+  local num_ahead = rank or redis.call('ZCARD', line)
+  local over_requests, over_tokens = over(1, 1, num_ahead, 1), over(2, tokens, num_ahead, 1)
+  local wait
+  if over_requests > 0 or over_tokens > 0 then
     if rate then
-      -- Who comes back in time and finds no room is first in the line again; who is new is last.
-      due = math.max(now + need / rate, not due and last and tonumber(last) + tokens / rate or 0)
+      wait = math.max(over_requests > 0 and over_requests * used[2] / used[1] or 0, over_tokens) / rate
     else
       -- As long again as it has waited so far, and not everybody at the same moment.
       local spread = 1 + tonumber(string.sub(digest, 1, 4), 16) / 65536
-      due = now + math.min(math.max(now - waiting_since, 1000), HORIZON_MS / 2) * spread
+      wait = math.min(math.max(now - waiting_since, 1000), HORIZON_MS / 2) * spread
     end
-    if due - now <= HORIZON_MS and (deadline == 0 or due - now <= deadline) then
-      redis.call('ZADD', line, math.floor(due), name)
-      redis.call('PEXPIRE', line, HORIZON_MS + LATE_MS)
+    wait = math.max(math.ceil(wait), LEAST_MS)
+  end
+  if wait and wait <= HORIZON_MS and (deadline == 0 or wait <= deadline) then
+    if not rank then
+      redis.call('ZADD', line, now, name)
     end
+    redis.call('ZADD', expected, now + wait, name)
+    redis.call('PEXPIRE', line, HORIZON_MS + LATE_MS)
+    redis.call('PEXPIRE', expected, HORIZON_MS + LATE_MS)
+  elseif rank then
+    redis.call('ZREM', line, name)
+    redis.call('ZREM', expected, name)
   end
-  local wait = math.min(math.max(math.ceil(due - now), EARLY_MS), HORIZON_MS)
-  if over_requests > 0 then
-    return wait, 'requests', bound[1]
+  if wait then
+    wait = math.min(wait, HORIZON_MS)
+    if over_requests > 0 then
+      return wait, 'requests', bound[1]
+    end
+    return wait, 'tokens', bound[2]
   end
-  return wait, 'tokens', bound[2]
 end
 
 -- Why this request cannot be accepted now, as the script answers it; nil if it can.
@@ -126,10 +133,9 @@ local function refusal()
     total = total + load[i]
   end
   local rate = drain_rate(load[11], load[12], load[13])
-  local line = prefix .. 'promised:' .. model
-  local wait, what, bound = wait_for_room(line, {num_queued, total}, {tonumber(ARGV[15]), tonumber(ARGV[16])}, rate, tonumber(load[13]) or now)
+  local wait, what, bound = wait_for_room('', {num_queued, total}, {tonumber(ARGV[15]), tonumber(ARGV[16])}, rate, tonumber(load[13]) or now)
   local reason = 'queue_full'
-  local own_wait, own_what, own_bound = wait_for_room(line .. '|' .. tenant, {tonumber(usage[1]) or 0, tonumber(usage[2]) or 0},
+  local own_wait, own_what, own_bound = wait_for_room('|' .. tenant, {tonumber(usage[1]) or 0, tonumber(usage[2]) or 0},
     {settings.max_queued or tonumber(ARGV[17]), settings.max_queued_tokens or tonumber(ARGV[18])},
     drain_rate(usage[3], usage[4], usage[5]) or rate, tonumber(usage[5]) or now)
   if own_wait and own_wait > (wait or 0) then
@@ -157,9 +163,11 @@ local function refusal()
     local equal = load[own + 1]
     ahead = ahead + math.min(equal, num_own * equal / num_equal * (weight + num_others) / weight)
   end
-  if ahead / rate > deadline then
+  -- As if there were a bound on what may go before it. Its own tokens are no part of that.
+  local too_late = wait_for_room('', {0, ahead - tokens}, {0, rate * deadline}, rate, now)
+  if too_late then
     count_rejected(model, 'deadline_unmeetable')
-    return {-4, math.ceil(ahead / rate)}
+    return {-4, math.max(math.ceil(ahead / rate), deadline), too_late}
   end
 end
 
