@@ -149,7 +149,7 @@ local function end_fold(id, name, state, event)
   memory = memory and cjson.decode(memory)
   redis.call('HDEL', key, 'folding')
   redis.call('HSET', key, 'folded', id)
-  if fields[2] then
+  if fields[2] and fields[2] ~= id then
     redis.call('DEL', request_key(fields[2]), events_key(fields[2]))
   end
   if state == 'done' and memory and memory.first == tonumber(fields[1] or 0) then
@@ -346,8 +346,7 @@ end
 -- Too many attempts were lost. A fold is no letter: it is asked for again after a later turn.
 local function die(id, failures, what)
   local now = now_ms()
-  local conversation = redis.call('HGET', request_key(id), 'conversation')
-  local is_fold = conversation and redis.call('HGET', conversation_key(conversation), 'folding') == id
+  local is_fold = cjson.decode(redis.call('HGET', request_key(id), 'request')).kind == 'fold'
   end_request(id, is_fold and 'failed' or 'dead', cjson.encode({version = 1, type = 'failed', code = 'dead_letter',
     message = failures .. ' attempts in a row were lost without a new token; at the last one ' .. what .. '. `glmq dead show ' .. id
       .. '` tells of each, `glmq dead retry ' .. id .. '` tries again from the last token.'}), now)
