@@ -40,6 +40,8 @@ class WorkerProcess:
     log_path: Path
     options: tuple[str, ...] = ()
     environ: dict[str, str] = field(default_factory=dict)
+    program: tuple[str, ...] = ("-m", "workers")
+    """What Python runs."""
 
     def __post_init__(self) -> None:
         environ = {
@@ -52,7 +54,7 @@ class WorkerProcess:
             "GLMQ_CONTEXT": "4096",
             **self.environ,
         }
-        command = [sys.executable, "-m", "workers", "--checkpoint", str(self.checkpoint), *self.options]
+        command = [sys.executable, *self.program, "--checkpoint", str(self.checkpoint), *self.options]
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
 
@@ -93,10 +95,14 @@ def new_worker(
     workers: list[WorkerProcess] = []
 
     def new(
-        *options: str, ready: bool = True, checkpoint: Path = checkpoint, **environ: str
+        *options: str,
+        ready: bool = True,
+        checkpoint: Path = checkpoint,
+        program: tuple[str, ...] = ("-m", "workers"),
+        **environ: str,
     ) -> WorkerProcess:
         log_path = tmp_path / f"worker-{len(workers)}.log"
-        worker = WorkerProcess(settings, checkpoint, log_path, options, environ)
+        worker = WorkerProcess(settings, checkpoint, log_path, options, environ, program)
         workers.append(worker)
         if ready:
             worker.wait_for_log("ready: ")
