@@ -65,7 +65,7 @@ async def run(suite: Suite, names: Sequence[str]) -> list[Row]:
             traceback.print_exc()
             rows = [Row(name, 0.0, problems=[f"{type(error).__name__}: {error}"])]
         for row in rows:
-            for text in (*row.problems, *row.notes):
+            for text in (*row.problems, *row.late, *row.notes):
                 suite.say(f"   {row.event}: {text}")
         suite.say(f"   {time.monotonic() - begin:.0f} s")
         found += rows

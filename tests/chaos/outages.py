@@ -22,17 +22,21 @@ RECOVERY_SECONDS: Final = 3.0
 """After an outage without a restart, until the last reader hears again: what a restart of 1 s leaves of its bound."""
 
 
+async def kill_server(battle: Battle) -> None:
+    strike = battle.strike("kill -9 of Redis, back after 1 s", victims=None, bound=RESTART_BOUND)
+    await asyncio.to_thread(battle.deployment.server.kill)
+    await asyncio.sleep(RESTART_SECONDS)
+    await asyncio.to_thread(battle.deployment.server.start)
+    strike.until = time.monotonic()
+    await asyncio.sleep(3.0)
+
+
 async def server_killed(suite: Suite) -> list[Row]:
     """kill -9 of Redis, and its start again after 1 s, with its append-only file."""
     async with suite.battle() as battle:
         for _ in range(suite.times(5)):
             await battle.until_live(number=4)
-            strike = battle.strike("kill -9 of Redis, back after 1 s", victims=None, bound=RESTART_BOUND)
-            await asyncio.to_thread(battle.deployment.server.kill)
-            await asyncio.sleep(RESTART_SECONDS)
-            await asyncio.to_thread(battle.deployment.server.start)
-            strike.until = time.monotonic()
-            await asyncio.sleep(3.0)
+            await kill_server(battle)
         return await battle.verdicts()
 
 

@@ -124,7 +124,7 @@ async def terminated(suite: Suite) -> list[Row]:
         for _ in range(suite.times(5)):
             worker = battle.rng.choice(battle.workers)
             await battle.until_live(worker, 2)
-            await _drain(battle, worker, "SIGTERM of a worker")
+            await drain(battle, worker, "SIGTERM of a worker")
         return await battle.verdicts()
 
 
@@ -134,11 +134,12 @@ async def rolling_restart(suite: Suite) -> list[Row]:
         for _ in range(suite.times(2)):
             for worker in battle.workers:
                 await battle.until_live(worker, 1)
-                await _drain(battle, worker, "rolling restart")
+                await drain(battle, worker, "rolling restart")
         return await battle.verdicts()
 
 
-async def _drain(battle: Battle, worker: Worker, event: str) -> None:
+async def drain(battle: Battle, worker: Worker, event: str) -> None:
+    """SIGTERM, and the worker is started again once it has ended. Raises Broken if it did not end well."""
     strike = battle.strike(event, victims=[worker], bound=DRAIN_SECONDS)
     worker.signal(signal.SIGTERM)
     code = await worker.wait_until_ended()

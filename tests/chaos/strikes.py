@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from producer.contract import Finished, Started, Token
-from tests.chaos.readers import Stream
+from tests.chaos.readers import Heard, Stream
 from tests.chaos.verdicts import Verdict
 
 AFTER_SECONDS: Final = 6.0
@@ -29,31 +29,44 @@ class Strike:
     until: float = 0.0
     streams: list[Stream] = field(default_factory=list)
     """Given where the strike hits particular ones."""
+    is_lasting: bool = False
+    """It goes on until `until`, and hits streams that begin meanwhile, too."""
 
     def hits(self, stream: Stream) -> bool:
         """Whether this stream's answer was in progress in the hands of a victim."""
         if self.streams:
             return stream in self.streams
-        if not stream.heard or stream.heard[0].at > self.at or (stream.end and stream.heard[-1].at < self.at):
+        begin = max(self.at, self.until) if self.is_lasting else self.at
+        if not stream.heard or stream.heard[0].at > begin or (stream.end and stream.heard[-1].at < self.at):
             return False
+        if self.is_lasting:
+            return True
         worker = stream.worker_at(self.at)
         return worker is not None and (self.victims is None or worker in self.victims)
 
 
-def longest_gap(stream: Stream, strike: Strike, before: float) -> float:
-    """The longest time between two events of an answer in progress, of those that this strike may have caused; 0: none.
+def longest_gap(stream: Stream, strike: Strike, before: float) -> tuple[float, str]:
+    """The longest time between two events of an answer in progress, of those that this strike may have caused, and where it was; 0: none.
 
     before: when the next strike came. Readers that pause on purpose are no measure.
     """
     end = min(max(strike.at, strike.until) + AFTER_SECONDS, before)
-    seen = [heard.at for heard in stream.heard if isinstance(heard.event, Started | Token | Finished)]
+    seen = [heard for heard in stream.heard if isinstance(heard.event, Started | Token | Finished)]
     gaps = [
-        later - earlier for earlier, later in itertools.pairwise(seen) if later > strike.at and earlier < end
+        (later.at - earlier.at, _gap_text(earlier, later, strike))
+        for earlier, later in itertools.pairwise(seen)
+        if later.at > strike.at and earlier.at < end
     ]
     if stream.end is None and seen:
-        # It waits for ever.
-        gaps.append(time.monotonic() - seen[-1])
-    return max(gaps, default=0.0)
+        gaps.append((time.monotonic() - seen[-1].at, "it waits for ever"))
+    return max(gaps, default=(0.0, ""))
+
+
+def _gap_text(earlier: Heard, later: Heard, strike: Strike) -> str:
+    return (
+        f"from {earlier.event.type} at {earlier.at - strike.at:+.2f} s to {later.event.type} at {later.at - strike.at:+.2f} s"
+        + (f" from {later.event.worker}" if isinstance(later.event, Started) else "")
+    )
 
 
 @dataclass
@@ -72,6 +85,8 @@ class Row:
     num_beyond_noise: int = 0
     gaps: list[tuple[float, float]] = field(default_factory=list)
     """(the longest one of a stream that was hit, its bound)"""
+    late: list[str] = field(default_factory=list)
+    """Those beyond their bound."""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What else was measured, and differences within noise."""
@@ -119,7 +134,12 @@ def rows(strikes: Sequence[Strike], verdicts: Iterable[Verdict]) -> list[Row]:
             row = by_event[strike.event]
             row.num_streams += 1
             if stream.habit in ("task", "thread"):
-                row.gaps.append((longest_gap(stream, strike, before), strike.bound))
+                gap, where = longest_gap(stream, strike, before)
+                row.gaps.append((gap, strike.bound))
+                if gap > strike.bound:
+                    row.late.append(
+                        f"{stream.request_id} waited {gap:.2f} s, the bound is {strike.bound:.2f} s: {where}"
+                    )
         _count(by_event[(hitting or _last_before(ordered, stream)).event], verdict)
     return list(by_event.values())
 

@@ -26,6 +26,7 @@ async def readers_leave(suite: Suite) -> list[Row]:
         strike = battle.strike(
             "readers leave, come back, or are slow", victims=None, bound=UNDISTURBED_SECONDS
         )
+        strike.is_lasting = True
         for _ in range(suite.times(10)):
             await asyncio.sleep(2.0)
         strike.until = time.monotonic()
@@ -43,6 +44,7 @@ async def tickets(suite: Suite) -> list[Row]:
     """Half of the tickets vanish from the broker's list, the others come three times."""
     async with suite.battle(concurrency=12, options=("--threads", "1", "--slots", "3")) as battle:
         strike = battle.strike("tickets dropped and tripled", victims=None, bound=UNDISTURBED_SECONDS)
+        strike.is_lasting = True
         keys, model = battle.deployment.settings.keys, battle.deployment.settings.model
         name = broker_key_prefix(battle.deployment.settings.namespace) + keys.celery_queue(model)
         num_dropped = num_doubled = 0
