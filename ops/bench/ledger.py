@@ -9,6 +9,7 @@ the project has set itself, and what the same server needs for a PING, the floor
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import resource
 import statistics
@@ -16,18 +17,21 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from producer.client import AsyncClient, Client
 from producer.contract import ChatRequest, Finished, Started, Token
+from producer.contract.tenants import QueueBounds
 from producer.embedded import EmbeddedServer
-from producer.ledger import Claim, Emission, Ledger, calls
+from producer.ledger import Call, Claim, Emission, Ledger, Submitted, calls
 from producer.settings import Settings
 
 STREAMS = 256
 TOKENS_PER_SECOND = 50
 SECONDS = 5
+TENANTS = 1000
+QUEUED = 100_000
 
 
 def timed(
@@ -76,6 +80,7 @@ def main() -> None:
         try:
             measure_calls(settings, ledger)
             measure_streams(settings, ledger)
+            measure_crowd(ledger)
         finally:
             for key in ledger.connection.scan_iter(f"*{settings.namespace}*"):
                 ledger.connection.delete(key)
@@ -189,6 +194,28 @@ def measure_streams(settings: Settings, ledger: Ledger) -> None:
         f"\n{len(latencies) / spent:,.0f} tokens/s read, all {STREAMS} answers whole; "
         f"writer and reader together used {cpu / spent:.0%} of one core"
     )
+
+
+def measure_crowd(ledger: Ledger) -> None:
+    """Submit and claim with as many tenants and as much in the queue as anybody will have."""
+    model, bounds = "crowd", QueueBounds(0, 0, 0, 0)
+    requests = [
+        ChatRequest(query="新冠肺炎怎么预防", tenant=f"t{number}", priority=priority)
+        for number in range(TENANTS)
+        for priority in (4, 5)
+    ]
+
+    def submissions() -> Iterator[Call[Submitted]]:
+        while True:
+            for request in requests:
+                yield calls.submit(request, model=model, bounds=bounds)
+
+    endless = submissions()
+    for _ in range(QUEUED // 500):
+        ledger.run_many(list(itertools.islice(endless, 500)))
+    row(f"\nwith {QUEUED:,} queued by {TENANTS:,} tenants")
+    timed(ledger, "submit: ledger alone", lambda: ledger.run(next(endless)), times=1000, limit_ms=1.0)
+    timed(ledger, "claim", lambda: ledger.run(calls.claim(model, "bench", 60.0)), times=1000, limit_ms=0.5)
 
 
 if __name__ == "__main__":
