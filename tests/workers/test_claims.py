@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
 
 from producer.contract import ChatRequest, Failed, RedisUnavailable, SamplingParams, Started, Token
+from producer.contract.tenants import QueueBounds
 from producer.ledger import Call, Claim, Emission, calls
+from producer.settings import Settings
 from tests.workers.conftest import Letters
 from workers.engine.client import EngineDied
 from workers.engine.messages import Generate
@@ -149,6 +152,19 @@ def test_a_plain_task_with_wrong_arguments_fails_in_its_own_stream(bench: Any) -
     while len(bench.completed) < 1:
         time.sleep(0.01)
     bench.generation(bench.submit("the next one"))
+
+
+def test_a_plain_task_for_which_there_is_no_room_fails_in_its_own_stream(
+    new_bench: NewBench, settings: Settings
+) -> None:
+    bench = new_bench(slots=0, queue=replace(settings, bounds=QueueBounds(max_queued=1)))
+    bench.submit("the one that may wait")
+
+    bench.claims.take(bench.ticket("glmq.chat", "plain-5", query="hello"))
+
+    (failed,) = bench.ended("plain-5")
+    assert failed.code == "queue_full"
+    assert "Submit the same request again in" in failed.message
 
 
 def test_a_plain_task_whose_id_cannot_be_a_request_id_is_dropped(bench: Any) -> None:
