@@ -157,7 +157,9 @@ def test_a_plain_task_with_wrong_arguments_fails_in_its_own_stream(bench: Any) -
 def test_a_plain_task_for_which_there_is_no_room_fails_in_its_own_stream(
     new_bench: NewBench, settings: Settings
 ) -> None:
-    bench = new_bench(slots=0, queue=replace(settings, bounds=QueueBounds(max_queued=1)))
+    bench = new_bench(start=False, queue=replace(settings, bounds=QueueBounds(max_queued=1)))
+    # Without an engine it registers what comes, and claims nothing.
+    bench.claims.start()
     bench.submit("the one that may wait")
 
     bench.claims.take(bench.ticket("glmq.chat", "plain-5", query="hello"))
