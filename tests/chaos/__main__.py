@@ -23,7 +23,7 @@ from producer.embedded import binary_at, find_binary
 from tests.chaos import clocks, outages, processes, traffic
 from tests.chaos.battle import Suite
 from tests.chaos.continuation import continuation
-from tests.chaos.deployment import ROOT
+from tests.chaos.deployment import CONTEXT_LEN, ROOT
 from tests.chaos.strikes import Row
 from tests.chaos.table import print_table
 from tests.chaos.undisturbed import Undisturbed
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     # More threads spin while they wait, and starve the workers.
     torch.set_num_threads(1)
-    undisturbed = Undisturbed(ROOT / "workers" / "models" / "demo")
+    undisturbed = Undisturbed(ROOT / "workers" / "models" / "demo", context_len=CONTEXT_LEN)
     workload_size = min(args.requests, 300)
     answers = undisturbed.answers(Workload(seed, pool_size=workload_size).pool)
     lens = sorted(len(answer.ids) for answer in answers)

@@ -27,6 +27,10 @@ from producer.tether import tethered
 ROOT: Final = Path(__file__).parents[2]
 START_SECONDS: Final = 90.0
 LOOK_SECONDS: Final = 0.02
+CONTEXT_LEN: Final = 1024
+"""Tokens. A prompt is never cut, so a document's piece of 2,000 tokens would hold up everybody for a second on one core; the pieces of a
+context of this length take a third of that."""
+OPTIONS: Final = ("--threads", "1", "--context", str(CONTEXT_LEN))
 
 
 class Broken(Exception):
@@ -219,7 +223,7 @@ async def deployment(
     folder: Path,
     *,
     num_workers: int = 2,
-    options: tuple[str, ...] = ("--threads", "1"),
+    options: tuple[str, ...] = OPTIONS,
     module: str = "workers",
     binary: ServerBinary | None = None,
     environ: Mapping[str, str] | None = None,

@@ -24,6 +24,7 @@ class Proxy:
         self._flows = asyncio.Event()
         self._is_listening = threading.Event()
         self._port = 0
+        self._writers: list[asyncio.StreamWriter] = []
         self._thread = threading.Thread(target=self._run, name="proxy", daemon=True)
         self._thread.start()
         self._is_listening.wait(10)
@@ -50,13 +51,22 @@ class Proxy:
         self._port = server.sockets[0].getsockname()[1]
         self._is_listening.set()
         self._loop.run_forever()
-        server.close()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.run_until_complete(self._end(server))
         self._loop.close()
 
+    async def _end(self, server: asyncio.Server) -> None:
+        server.close()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in self._writers:
+            writer.transport.abort()
+        # A transport is closed in the loop's next round.
+        await asyncio.sleep(0)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.append(writer)
         # Whoever connects to a cut network waits.
         await self._flows.wait()
         try:
@@ -64,6 +74,7 @@ class Proxy:
         except OSError:
             writer.close()
             return
+        self._writers.append(far_writer)
         await asyncio.gather(self._carry(reader, far_writer), self._carry(far_reader, writer))
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

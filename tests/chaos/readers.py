@@ -6,15 +6,16 @@ Some sit in an event loop, some in threads of their own, some go away in the mid
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, cast
 
 from producer.client import AsyncClient, AsyncSubmission, Client
-from producer.contract import Event, Failed, Finished, Progress, Request, Started, Token
+from producer.contract import Event, Failed, Finished, Progress, RedisUnavailable, Request, Started, Token
 from producer.settings import Settings
 
 Habit = Literal["task", "thread", "leaves", "slow"]
@@ -109,25 +110,35 @@ class Readers:
         return stream
 
     async def _follow(self, stream: Stream, submission: AsyncSubmission) -> None:
+        """To the end. A stream that cannot be begun because Redis is away just now is begun again; one that has begun must go on by itself."""
         try:
-            match stream.habit:
-                case "thread":
-                    await asyncio.get_running_loop().run_in_executor(
-                        self._threads, self._follow_in_thread, stream
-                    )
-                case "leaves":
-                    await self._come_and_go(stream, submission)
-                case _:
-                    async for event in submission.stream():
-                        stream.heard.append(Heard(time.monotonic(), event))
-                        if stream.habit == "slow":
-                            await asyncio.sleep(self._rng.uniform(0.05, 0.4))
+            while True:
+                try:
+                    await self._read(stream, submission)
+                except RedisUnavailable:
+                    if stream.heard and stream.habit != "leaves":
+                        raise
+                    await asyncio.sleep(0.1)
+                else:
+                    break
         except Exception as error:  # noqa: BLE001 whatever it is, it is what the reader got
             stream.error = error
         finally:
             stream.is_over.set()
 
-    def _follow_in_thread(self, stream: Stream) -> None:
+    async def _read(self, stream: Stream, submission: AsyncSubmission) -> None:
+        match stream.habit:
+            case "thread":
+                await asyncio.get_running_loop().run_in_executor(self._threads, self._read_in_thread, stream)
+            case "leaves":
+                await self._come_and_go(stream, submission)
+            case _:
+                async for event in submission.stream():
+                    stream.heard.append(Heard(time.monotonic(), event))
+                    if stream.habit == "slow":
+                        await asyncio.sleep(self._rng.uniform(0.05, 0.4))
+
+    def _read_in_thread(self, stream: Stream) -> None:
         for event in self._thread_client.stream(stream.request_id):
             stream.heard.append(Heard(time.monotonic(), event))
 
@@ -138,13 +149,13 @@ class Readers:
             # Whoever has lost a few of its last tokens asks for them again.
             after = max(stream.num_tokens - self._rng.choice((0, 0, 1, 5)), 0)
             self._forget_after(stream, after)
-            events: AsyncIterator[Event] = submission.stream(after)
-            async for event in events:
-                stream.heard.append(Heard(time.monotonic(), event))
-                patience -= 1
-                if patience == 0:
-                    break
-            await events.aclose()  # type: ignore[attr-defined]
+            stream_after = cast("AsyncGenerator[Event, None]", submission.stream(after))
+            async with contextlib.aclosing(stream_after) as events:
+                async for event in events:
+                    stream.heard.append(Heard(time.monotonic(), event))
+                    patience -= 1
+                    if patience == 0:
+                        break
             await asyncio.sleep(self._rng.uniform(0.0, 0.3))
 
     def _forget_after(self, stream: Stream, index: int) -> None:

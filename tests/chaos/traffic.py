@@ -11,6 +11,7 @@ from producer.celery_settings import broker_key_prefix
 from producer.contract import ChatRequest, Failed, Finished, QueueFull, SamplingParams
 from producer.contract.tenants import QueueBounds
 from tests.chaos.battle import Battle, Suite
+from tests.chaos.deployment import OPTIONS
 from tests.chaos.poisoned_engine import POISONS
 from tests.chaos.processes import TAKEOVER_SECONDS
 from tests.chaos.readers import Stream
@@ -42,7 +43,7 @@ async def readers_leave(suite: Suite) -> list[Row]:
 
 async def tickets(suite: Suite) -> list[Row]:
     """Half of the tickets vanish from the broker's list, the others come three times."""
-    async with suite.battle(concurrency=12, options=("--threads", "1", "--slots", "3")) as battle:
+    async with suite.battle(concurrency=12, options=(*OPTIONS, "--slots", "3")) as battle:
         strike = battle.strike("tickets dropped and tripled", victims=None, bound=UNDISTURBED_SECONDS)
         strike.is_lasting = True
         keys, model = battle.deployment.settings.keys, battle.deployment.settings.model
@@ -76,7 +77,7 @@ def _raid(connection: Any, name: str, battle: Battle) -> tuple[int, int]:
 
 async def cancel_storm(suite: Suite) -> list[Row]:
     """Half of all requests, running and queued, are cancelled at the same moment."""
-    async with suite.battle(concurrency=4, options=("--threads", "1", "--slots", "8")) as battle:
+    async with suite.battle(concurrency=4, options=(*OPTIONS, "--slots", "8")) as battle:
         for _ in range(suite.times(3)):
             streams = [await battle.load.submit(battle.workload.next()) for _ in range(48)]
             await battle.until_live(number=6)
@@ -120,9 +121,7 @@ async def queue_full(suite: Suite) -> list[Row]:
     answered although a worker dies in between."""
     max_queued = 12
     bounds = QueueBounds(max_queued=max_queued)
-    async with suite.battle(
-        concurrency=0, options=("--threads", "1", "--slots", "3"), bounds=bounds
-    ) as battle:
+    async with suite.battle(concurrency=0, options=(*OPTIONS, "--slots", "3"), bounds=bounds) as battle:
         event = "queue at its bound, a worker killed"
         refusals: list[float] = []
         for _ in range(suite.times(2)):

@@ -54,7 +54,7 @@ class Workload:
             ),
         )
 
-    def document(self, num_chars: int = 9000) -> SummaryRequest:
+    def document(self, num_chars: int = 2200) -> SummaryRequest:
         """A text that is too long for the demo checkpoint's context."""
         lines: list[str] = []
         while sum(map(len, lines)) < num_chars:

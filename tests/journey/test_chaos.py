@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.chaos.battle import Suite
-from tests.chaos.deployment import ROOT
+from tests.chaos.deployment import CONTEXT_LEN, ROOT
 from tests.chaos.outages import kill_server
 from tests.chaos.processes import drain, kill_engine, kill_worker
 from tests.chaos.strikes import Row
@@ -19,8 +19,9 @@ from tests.chaos.undisturbed import Undisturbed
 pytestmark = [pytest.mark.journey, pytest.mark.timeout(240)]
 
 SEED = 20261124
-SLACK = 2.0
-"""The bounds are for two quiet cores; here another test file runs beside it."""
+LONGEST_SECONDS = 10.0
+"""That a reader waits. `make chaos` has the real bounds, for two quiet cores; here other tests run beside it. Without leases it would be half a
+minute and more."""
 
 
 async def _fight(suite: Suite) -> list[Row]:
@@ -45,7 +46,7 @@ def test_no_answer_is_lost_doubled_or_changed_whoever_dies(tmp_path: Path) -> No
     suite = Suite(
         folder=tmp_path,
         seed=SEED,
-        undisturbed=Undisturbed(ROOT / "workers" / "models" / "demo"),
+        undisturbed=Undisturbed(ROOT / "workers" / "models" / "demo", context_len=CONTEXT_LEN),
         workload_size=40,
         say=said.append,
     )
@@ -66,6 +67,6 @@ def test_no_answer_is_lost_doubled_or_changed_whoever_dies(tmp_path: Path) -> No
         if row.num_lost or row.num_duplicated or row.num_beyond_noise or row.problems
     ] == [], told
     assert [row.num_tries for row in rows] == [1, 1, 1, 1], told
-    assert {row.event: row.longest_gap for row in rows if row.longest_gap > SLACK * row.bound} == {}, told
+    assert {row.event: row.longest_gap for row in rows if row.longest_gap > LONGEST_SECONDS} == {}, told
     # An answer may end just before the blow that was meant for it.
     assert sum(row.num_streams > 0 for row in rows) >= 3, told
