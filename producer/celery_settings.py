@@ -6,6 +6,9 @@ The values were exercised against Celery 5.7 on Redis. Knows nothing about tasks
 from __future__ import annotations
 
 from typing import Any, Final
+from urllib.parse import parse_qsl, urlencode
+
+from producer.ledger.sentinel import SCHEMES, SentinelURL
 
 TICKET_TASK: Final = "glmq.next"
 """The task of a ticket: there is work for this model. It has no arguments; the work is in the ledger."""
@@ -21,8 +24,10 @@ def broker_key_prefix(namespace: str) -> str:
 
 def celery_settings(redis_url: str, namespace: str) -> dict[str, Any]:
     """The configuration of a Celery app that sends or takes tickets of this deployment."""
+    broker_url, own_options, transport_options = _broker(redis_url)
     return {
-        "broker_url": redis_url,
+        **own_options,
+        "broker_url": broker_url,
         "task_serializer": "json",
         "accept_content": ["json"],
         "result_serializer": "json",
@@ -48,5 +53,32 @@ def celery_settings(redis_url: str, namespace: str) -> dict[str, Any]:
             "socket_connect_timeout": 5,
             "socket_timeout": 30,
             "health_check_interval": 10,
+            **transport_options,
         },
     }
+
+
+def _broker(redis_url: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The URL as Celery wants it, settings for it, and options of its transport."""
+    if redis_url.startswith(SCHEMES):
+        sentinel = SentinelURL.parse(redis_url)
+        tls = {"broker_use_ssl": _for_celery(sentinel.ssl)} if sentinel.is_tls else {}
+        return sentinel.broker_url, tls, sentinel.broker_options
+    if redis_url.startswith("rediss://"):
+        url, _, query = redis_url.partition("?")
+        pairs = parse_qsl(query)
+        # Celery speaks TLS only if it is told how.
+        tls = {
+            "broker_use_ssl": _for_celery({name: value for name, value in pairs if name.startswith("ssl_")})
+        }
+        rest = urlencode([(name, value) for name, value in pairs if not name.startswith("ssl_")])
+        return f"{url}?{rest}" if rest else url, tls, {}
+    return redis_url, {}, {}
+
+
+def _for_celery(options: dict[str, Any]) -> dict[str, Any]:
+    """redis-py's TLS options. Certificates are checked unless somebody said otherwise."""
+    options = {"ssl_cert_reqs": "required", **options}
+    if isinstance(checks := options.get("ssl_check_hostname"), str):
+        options["ssl_check_hostname"] = checks.lower() not in ("false", "0", "no")
+    return options

@@ -15,6 +15,7 @@ from producer.contract.errors import RequestCancelled, RequestFailed
 from producer.contract.events import Event, Failed, Finished
 from producer.contract.requests import ChatRequest, Request, SummaryRequest
 from producer.conversations import AsyncConversations, Conversations
+from producer.dead_letters import AsyncDeadLetters, DeadLetters
 from producer.embedded import find_server
 from producer.ledger import (
     AsyncLedger,
@@ -66,6 +67,7 @@ class Client:
         timeout = self.settings.redis_timeout_seconds
         self.ledger = Ledger.at(self.redis_url, self.settings.keys, timeout_seconds=timeout)
         self.conversations = Conversations(self.ledger)
+        self.dead_letters = DeadLetters(self.ledger, conversation_seconds=self.settings.conversation_seconds)
         self._tickets = Tickets(self.redis_url, self.settings.keys)
         self._pushes = Pushes(
             self.ledger,
@@ -179,6 +181,9 @@ class AsyncClient:
         timeout = self.settings.redis_timeout_seconds
         self.ledger = AsyncLedger.at(self.redis_url, self.settings.keys, timeout_seconds=timeout)
         self.conversations = AsyncConversations(self.ledger)
+        self.dead_letters = AsyncDeadLetters(
+            self.ledger, conversation_seconds=self.settings.conversation_seconds
+        )
         self._tickets = Tickets(self.redis_url, self.settings.keys)
         self._ticket_thread = ThreadPoolExecutor(1, thread_name_prefix="glmq-tickets")
         self._pushes = AsyncPushes(

@@ -19,7 +19,7 @@ from producer.contract.tenants import DEFAULT_BOUNDS, DEFAULT_ORDER, QueueBounds
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
-_SCHEMES = ("redis://", "rediss://", "unix://")
+_SCHEMES = ("redis://", "rediss://", "unix://", "sentinel://", "sentinels://")
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
@@ -46,8 +46,9 @@ class Settings:
     =============================  ==================================================================================
     variable                       meaning
     =============================  ==================================================================================
-    REDIS_URL                      redis://, rediss:// or unix:// of the server. Unset or empty: the embedded server of
-                                   this machine, found through the state directory
+    REDIS_URL                      redis://, rediss:// (TLS; `?ssl_ca_certs=/path` names the authority) or unix:// of the server, or
+                                   sentinel://host:port,host:port/service (sentinels://: TLS). Unset or empty: the embedded
+                                   server of this machine, found through the state directory
     GLMQ_NAMESPACE                 prefix of all keys; two deployments on one server need two (default `glmq`)
     GLMQ_MODEL                     the model of requests that name none (default `chatglm-6b`)
     GLMQ_STATE_DIR                 where the embedded server keeps its data (default `$XDG_STATE_HOME/glmq`, else
@@ -84,7 +85,7 @@ class Settings:
             raise InvalidSetting(
                 "REDIS_URL",
                 f"{_without_password(self.redis_url)!r} is not a Redis URL",
-                "Use redis://host:port/db, rediss://host:port/db or unix:///path/to/socket.",
+                "Use redis://host:port/db, rediss://host:port/db, unix:///path/to/socket or sentinel://host:port,host:port/service.",
             )
         for name, value, pattern, others in (
             ("GLMQ_NAMESPACE", self.namespace, _NAMESPACE, ". _ -"),

@@ -11,6 +11,7 @@ from producer.cli import (
     cancel,
     chat,
     conversations,
+    dead,
     doctor,
     evaluate,
     quantize,
@@ -48,6 +49,7 @@ app.command("cancel")(cancel.cancel)
 app.command("doctor")(doctor.doctor)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(conversations.app, name="conversations")
+app.add_typer(dead.app, name="dead")
 app.add_typer(tenants.app, name="tenants")
 
 

@@ -6,7 +6,7 @@ Knows connections and their errors; what a call does and answers is the call's b
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeVar
 
 import redis
@@ -19,6 +19,7 @@ from producer.contract.errors import InvalidSetting, RedisUnavailable
 from producer.contract.keys import Keys
 from producer.ledger.calls import Call
 from producer.ledger.scripts import script
+from producer.ledger.sentinel import SCHEMES, SentinelURL
 
 T = TypeVar("T")
 
@@ -138,13 +139,15 @@ def connect(url: str, *, timeout_seconds: float = 5.0, retries: int = 3) -> redi
     retries: how often a call that met a connection error is repeated, 20 ms to 0.5 s apart. All calls but `claim` may be
     repeated without harm; a claim whose answer was lost stays claimed until its lease ends.
     """
-    pool = _pool(redis.BlockingConnectionPool, url, timeout_seconds, Retry(_backoff(), retries))
+    options = _options(timeout_seconds, Retry(_backoff(), retries))
+    pool = _pool(url, options, redis.BlockingConnectionPool, SentinelURL.pool)
     return redis.Redis.from_pool(pool)
 
 
 def connect_async(url: str, *, timeout_seconds: float = 5.0, retries: int = 3) -> redis.asyncio.Redis:
     """Like `connect`, for an event loop."""
-    pool = _pool(redis.asyncio.BlockingConnectionPool, url, timeout_seconds, AsyncRetry(_backoff(), retries))
+    options = _options(timeout_seconds, AsyncRetry(_backoff(), retries))
+    pool = _pool(url, options, redis.asyncio.BlockingConnectionPool, SentinelURL.async_pool)
     return redis.asyncio.Redis.from_pool(pool)
 
 
@@ -152,19 +155,24 @@ def _backoff() -> ExponentialWithJitterBackoff:
     return ExponentialWithJitterBackoff(base=0.02, cap=0.5)
 
 
-def _pool(kind: Any, url: str, timeout_seconds: float, retry: object) -> Any:
+def _options(timeout_seconds: float, retry: object) -> dict[str, Any]:
+    return {
+        "max_connections": MAX_CONNECTIONS,
+        "timeout": None,
+        "decode_responses": True,
+        "socket_timeout": timeout_seconds,
+        "socket_connect_timeout": timeout_seconds,
+        "socket_keepalive": True,
+        "retry": retry,
+    }
+
+
+def _pool(url: str, options: dict[str, Any], kind: Any, of_sentinel: Callable[..., Any]) -> Any:
     """A pool in which calls wait for a connection: redis-py's ordinary one raises at the hundredth call at a time."""
     try:
-        return kind.from_url(
-            url,
-            max_connections=MAX_CONNECTIONS,
-            timeout=None,
-            decode_responses=True,
-            socket_timeout=timeout_seconds,
-            socket_connect_timeout=timeout_seconds,
-            socket_keepalive=True,
-            retry=retry,
-        )
+        if url.startswith(SCHEMES):
+            return of_sentinel(SentinelURL.parse(url), **options)
+        return kind.from_url(url, **options)
     except ValueError as error:
         raise InvalidSetting(
             "REDIS_URL", f"{hide_password(url)!r} is not a Redis URL ({error})", "Use redis://host:port/db."
@@ -179,7 +187,10 @@ def raise_unavailable(address: str, error: Exception) -> None:
 
 def address_of(connection: redis.Redis | redis.asyncio.Redis) -> str:
     """Where a connection leads, without its password."""
-    settings = connection.connection_pool.connection_kwargs
+    pool: Any = connection.connection_pool
+    settings = pool.connection_kwargs
+    if service := getattr(pool, "service_name", None):
+        return f"the master of {service}"
     if path := settings.get("path"):
         return f"unix://{path}"
     return f"{settings.get('host', 'localhost')}:{settings.get('port', 6379)}/{settings.get('db') or 0}"
