@@ -19,10 +19,11 @@ from typing import Final
 
 import torch
 
-from producer.embedded import binary_at, find_binary
+from producer.embedded import NoServer, ServerBinary, binary_at, find_binary
 from tests.chaos import clocks, outages, processes, traffic
 from tests.chaos.battle import Suite
 from tests.chaos.continuation import continuation
+from tests.chaos.debian import Missing, redis_server
 from tests.chaos.deployment import CONTEXT_LEN, ROOT
 from tests.chaos.strikes import Row
 from tests.chaos.table import print_table
@@ -75,7 +76,11 @@ async def run(suite: Suite, names: Sequence[str]) -> list[Row]:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     seed = secrets.randbelow(1 << 31) if args.seed is None else args.seed
-    binary = binary_at(args.server.resolve()) if args.server else find_binary()
+    try:
+        binary = _server(args.server)
+    except (Missing, NoServer) as error:
+        print(f"--server: {error}", file=sys.stderr)
+        return 2
     begin = time.monotonic()
 
     def say(text: str) -> None:
@@ -113,6 +118,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(row.is_right for row in rows) else 1
 
 
+def _server(named: str | None) -> ServerBinary:
+    """Raises Missing, NoServer."""
+    if named is None:
+        return find_binary()
+    return binary_at(redis_server() if named == "debian" else Path(named).resolve())
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
     parser.add_argument(
@@ -138,9 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--server",
-        type=Path,
         metavar="PATH",
-        help="a redis-server or valkey-server (default: the embedded one)",
+        help="a redis-server or valkey-server; `debian` fetches Debian's package (default: the embedded server's program)",
     )
     parser.add_argument(
         "--keep", type=Path, metavar="FOLDER", help="where logs and data stay (default: they are deleted)"
