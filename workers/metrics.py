@@ -234,6 +234,11 @@ class Metrics:
             "glmq_takeovers", "Of these, begun by an earlier attempt, here or elsewhere."
         )
         self._released = self._counter("glmq_requests_released", "Requests handed back to the queue.")
+        self.attempts_lost = self._counters(
+            "glmq_attempts_lost",
+            "Attempts that an engine took down with it, by what became of the request: queued, kept (to be tried alone) or ended.",
+            "outcome",
+        )
         self.leases_lost = self._counter(
             "glmq_leases_lost", "Requests whose lease had gone when it was to be renewed."
         )
@@ -342,6 +347,10 @@ class Metrics:
         usage = end.usage
         if usage.summary_turns or usage.recent_turns or usage.left_out_turns:
             self._left_out.observe(usage.left_out_turns)
+
+    def on_lost(self, outcome: str) -> None:
+        """The engine died with an attempt at a request."""
+        self.attempts_lost.labels(*self._identity, outcome).inc()
 
     def on_released(self) -> None:
         """A request goes back to the queue."""

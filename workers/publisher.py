@@ -349,6 +349,7 @@ class Publisher:
             tokens=len(running.token_ids),
             outcome=outcome,
         )
+        self._metrics.on_lost(outcome)
         if outcome == "kept":
             with self._running.lock:
                 running.num_losses += 1

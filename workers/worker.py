@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,7 @@ class Worker:
 
     def start(self, check_interrupted: Callable[[], None]) -> None:
         """Load the model, then begin to claim. Raises StartFailed, and what `check_interrupted` raises."""
+        self._warn_of_redis()
         self._publisher.start()
         self._folding.start()
         self._leases.start()
@@ -195,6 +196,17 @@ class Worker:
             self.stop()
             raise
         self._claims.start()
+
+    def _warn_of_redis(self) -> None:
+        """Settings of the server with which accepted requests can be lost. That it cannot be asked is said elsewhere."""
+        with connect(self.redis_url, timeout_seconds=2.0, retries=0) as connection:
+            try:
+                info: Any = connection.info()
+            except RedisError as error:
+                logger.debug("Redis does not say how it is set: %s", error)
+                return
+        for problem in redis_problems(info):
+            logger.warning("Redis: %s", problem)
 
     def take(self, ticket: Ticket) -> None:
         self._claims.take(ticket)
@@ -240,10 +252,10 @@ class Worker:
             self._engine.close()
         logger.info("stopped")
 
-    def _wait_until_idle(self, seconds: float, *, in_any_case: bool = False) -> bool:
+    def _wait_until_idle(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
         while len(self._running):
-            if time.monotonic() > deadline or (self._hurry.is_set() and not in_any_case):
+            if time.monotonic() > deadline or self._hurry.is_set():
                 return False
             time.sleep(0.02)
         return True
@@ -562,6 +574,21 @@ def _exporter(
             f"{settings.metrics_host!r} cannot be listened at ({error.strerror or error})",
             "Use an address of this machine, such as 127.0.0.1 or 0.0.0.0.",
         ) from error
+
+
+def redis_problems(info: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a server of which INFO says this, each with its remedy."""
+    problems = []
+    if (policy := info.get("maxmemory_policy", "noeviction")) != "noeviction":
+        problems.append(
+            f"maxmemory-policy is {policy}: when memory runs out, requests and streams would vanish. "
+            "CONFIG SET maxmemory-policy noeviction, and set it in redis.conf."
+        )
+    if not int(info.get("aof_enabled", 1)):
+        problems.append(
+            "appendonly is no: a restart loses requests and answers. CONFIG SET appendonly yes, and set it in redis.conf."
+        )
+    return problems
 
 
 def _version() -> str:

@@ -17,7 +17,9 @@ import pytest
 from producer.client import Client, Submission
 from producer.contract import Event, Finished, SamplingParams, Token
 from producer.embedded import EmbeddedServer
+from producer.ledger import connect
 from producer.settings import Settings
+from tests.redis_servers import under_sentinel
 
 pytestmark = [pytest.mark.journey, pytest.mark.timeout(180)]
 
@@ -209,3 +211,64 @@ def test_a_redis_that_restarts_after_a_second_costs_less_than_four(
         report("a Redis restart of 1 s", readers.longest_pause(killed))
         assert readers.longest_pause(killed) < 4.0 * LEEWAY
     again.stop()
+
+
+def test_what_a_power_failure_took_from_redis_is_published_again(
+    new_worker: NewWorker, settings: Settings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mortal"
+    server = EmbeddedServer.start(folder)
+    worker = new_worker(REDIS_URL=server.url)
+    with Client(replace(settings, redis_url=server.url)) as client:
+        readers = Readers(client, 2, 200)
+        readers.wait_for_tokens(20)
+        # What the disk has at this moment; the rest of the file is what it never got.
+        sizes = {path: path.stat().st_size for path in (folder / "data").rglob("*.incr.aof")}
+        readers.wait_for_tokens(40)
+        os.kill(server.pid, signal.SIGKILL)
+        for path, size in sizes.items():
+            os.truncate(path, size)
+        again = EmbeddedServer.start(folder)
+
+        readers.finish()
+
+        # And whoever comes later reads the same.
+        for reader in readers.readers:
+            assert whole(list(client.stream(reader.submission.request_id))).text == whole(reader.events).text
+    assert "it is published again" in worker.log
+    again.stop()
+
+
+def test_a_failover_to_a_replica_costs_a_pause_and_no_token(
+    new_worker: NewWorker, settings: Settings, tmp_path: Path
+) -> None:
+    with under_sentinel(tmp_path) as servers:
+        worker = new_worker(REDIS_URL=servers.url)
+        with Client(replace(settings, redis_url=servers.url)) as client:
+            readers = Readers(client, 2, 200)
+            readers.wait_for_tokens(10)
+            killed = time.monotonic()
+
+            servers.kill_master()
+
+            readers.finish()
+            report("a failover", readers.longest_pause(killed))
+            # Tickets find their way as well.
+            assert client.chat("and now?", sampling=SamplingParams(max_new_tokens=2, seed=1)).result(30)
+        assert worker.end() == 0
+        assert "Unrecoverable" not in worker.log
+
+
+def test_a_server_that_may_lose_requests_is_warned_of(
+    new_worker: NewWorker, settings: Settings, tmp_path: Path
+) -> None:
+    with EmbeddedServer.start(tmp_path / "careless") as server:
+        with connect(server.url) as connection:
+            connection.config_set("appendonly", "no")
+            connection.config_set("maxmemory-policy", "allkeys-lru")
+
+        worker = new_worker(REDIS_URL=server.url)
+
+        assert "maxmemory-policy is allkeys-lru" in worker.log
+        assert "appendonly is no" in worker.log
+        assert worker.end() == 0
