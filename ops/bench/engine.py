@@ -24,15 +24,21 @@ from typing import Any, cast
 
 import torch
 
+from workers.engine.adapters import Adapters
 from workers.engine.config import EngineConfig
 from workers.engine.cuda_graphs import DecodeGraph, Vocabulary
 from workers.engine.engine import Engine
 from workers.engine.messages import Generate, Sampling
+from workers.engine.model_runner import Launched
+from workers.engine.scheduler import Schedule
+from workers.models.adapter_bank import AdapterBank
 from workers.models.batch import Batch, KVCache
+from workers.models.chatglm import ChatGLM
 from workers.models.config import ModelConfig
 from workers.models.cuda_chatglm import ChatGLMWeights, CudaChatGLM
 from workers.models.kernels import cuda_linear
 from workers.models.layout import Layout
+from workers.models.lora import Adapter, Factors
 from workers.models.tokenizer import Tokenizer
 
 CHATGLM_6B = ModelConfig(
@@ -213,8 +219,46 @@ class FullVocabulary:
         return [*(rng.randrange(5, 130000) for _ in range(length - 2)), self.gmask_id, self.bos_id]
 
 
+class RandomAdapters(Adapters):
+    """Adapters of one rank for the fused projection, as ChatGLM-6B's LoRAs are, with random factors instead of files."""
+
+    rank = 8
+
+    def _read(self, folder: Path) -> Adapter:
+        assert self.bank is not None
+        factors = {
+            path: Factors(
+                torch.randn(self.rank, in_features, device="cuda", dtype=torch.half) / 64,
+                torch.randn(self.rank, out_features, device="cuda", dtype=torch.half) / 64,
+            )
+            for path, (out_features, in_features) in self.bank.shapes.items()
+            if path.endswith("query_key_value")
+        }
+        return Adapter(folder, factors)
+
+
+def random_adapters(model: CudaChatGLM, count: int) -> Adapters | None:
+    """So many loaded adapters with the names 0, 1, ...; None for none."""
+    model.bank = None
+    if not count:
+        return None
+    with torch.device("meta"):
+        shapes = ChatGLM(CHATGLM_6B)
+    model.bank = AdapterBank(shapes, count, dtype=torch.half, device="cuda")
+    adapters = RandomAdapters(model.bank)
+    for number in range(count):
+        adapters.load_now(str(number), Path(str(number)))
+    return adapters
+
+
 def new_engine(
-    model: CudaChatGLM, kv: str, *, num_seqs: int, context_len: int, prefill_tokens: int
+    model: CudaChatGLM,
+    kv: str,
+    *,
+    num_seqs: int,
+    context_len: int,
+    prefill_tokens: int,
+    num_adapters: int = 0,
 ) -> Engine:
     config = EngineConfig(
         checkpoint="random",
@@ -224,10 +268,43 @@ def new_engine(
         cache_dtype="int8" if kv == "int8" else "auto",
         context_len=context_len,
     )
-    return Engine(model, cast(Tokenizer, FullVocabulary()), config)
+    return Engine(model, cast(Tokenizer, FullVocabulary()), config, random_adapters(model, num_adapters))
 
 
-def run_requests(engine: Engine, count: int, prompt_len: int, answer_len: int) -> dict[str, float]:
+class Watch:
+    """Runs an engine's schedules, and keeps when the GPU began and ended each step, by its own clock."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._launch = engine._runner.launch
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.engine = engine
+
+    def __enter__(self) -> Watch:
+        self.engine._runner.launch = self.launch  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine._runner.launch = self._launch  # type: ignore[method-assign]
+
+    def launch(self, schedule: Schedule) -> Launched:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        launched = self._launch(schedule)
+        end.record()
+        self.events.append((start, end))
+        return launched
+
+    def idle_share(self) -> float:
+        """Of the time from the first step to the last one: between the end of a step and the beginning of the next. What
+        the GPU waits for within a step (its kernels overlap) is not in it."""
+        torch.cuda.synchronize()
+        idle = sum(before[1].elapsed_time(after[0]) for before, after in itertools.pairwise(self.events))
+        return idle / self.events[0][0].elapsed_time(self.events[-1][1])
+
+
+def run_requests(
+    engine: Engine, count: int, prompt_len: int, answer_len: int, num_adapters: int = 0
+) -> dict[str, float]:
     """All at once; each answer has exactly `answer_len` tokens. Seconds, first-token times, and the steps' walls."""
     rng = random.Random(1)
     for index in range(count):
@@ -235,20 +312,22 @@ def run_requests(engine: Engine, count: int, prompt_len: int, answer_len: int) -
             max_new_tokens=answer_len, min_new_tokens=answer_len, seed=index, temperature=0.95, top_p=0.7
         )
         prompt = FullVocabulary().random_prompt(prompt_len, rng)
-        refused = engine.add(Generate(index, prompt, sampling))
+        adapter = str(index % num_adapters) if num_adapters else None
+        refused = engine.add(Generate(index, prompt, sampling, adapter=adapter))
         assert refused is None, refused
     started = last = time.perf_counter()
     first: dict[int, float] = {}
     walls = []
     num_tokens = 0
-    while engine.has_work:
-        step = engine.step()
-        now = time.perf_counter()
-        walls.append(now - last)
-        last = now
-        num_tokens += len(step.token_ids)
-        for sequence_id in step.sequence_ids:
-            first.setdefault(sequence_id, now - started)
+    with Watch(engine) as watch:
+        while engine.has_work:
+            step = engine.step()
+            now = time.perf_counter()
+            walls.append(now - last)
+            last = now
+            num_tokens += len(step.token_ids)
+            for sequence_id in step.sequence_ids:
+                first.setdefault(sequence_id, now - started)
     seconds = last - started
     assert num_tokens == count * answer_len, (num_tokens, count * answer_len)
     tail = sorted(walls[len(walls) // 2 :])
@@ -257,6 +336,7 @@ def run_requests(engine: Engine, count: int, prompt_len: int, answer_len: int) -
         "tokens_per_s": num_tokens / seconds,
         "first_token_p50_ms": sorted(first.values())[count // 2] * 1e3,
         "late_step_ms": tail[len(tail) // 2] * 1e3,
+        "idle_share": round(watch.idle_share(), 4),
         "num_preemptions": engine.scheduler.num_preemptions,
     }
 
@@ -286,6 +366,9 @@ def main() -> None:
     parser.add_argument(
         "--plans", nargs="*", type=Path, default=[], help="of tune_linear.py, instead of the built-in ones"
     )
+    parser.add_argument(
+        "--adapters", type=int, default=0, help="of rank 8, one for each sequence of --requests in turn"
+    )
     parser.add_argument("--profile", action="store_true", help="also print the time of each kernel")
     parser.add_argument("--no-record", action="store_true")
     arguments = parser.parse_args()
@@ -308,9 +391,13 @@ def main() -> None:
                     num_seqs=count,
                     context_len=prompt_len + answer_len,
                     prefill_tokens=arguments.prefill_tokens,
+                    num_adapters=arguments.adapters,
                 )
-                run_requests(engine, min(count, 64), prompt_len, 4)
-                found = run_requests(engine, count, prompt_len, answer_len)
+                run_requests(engine, min(count, 64), prompt_len, 4, arguments.adapters)
+                if arguments.adapters:
+                    # Graphs with adapters are captured when they are first needed.
+                    run_requests(engine, count, prompt_len, 4, arguments.adapters)
+                found = run_requests(engine, count, prompt_len, answer_len, arguments.adapters)
                 # Weights are read once a step, the cache as it grows; the prefill's arithmetic is left out.
                 mean_read = read + count * (prompt_len + answer_len / 2) * kv_bytes(kv)
                 roof = count * bandwidth / mean_read
@@ -322,6 +409,7 @@ def main() -> None:
                 )
                 if not arguments.no_record:
                     case = f"engine {setting} head {arguments.head} kv {kv} requests {requests}"
+                    case += f" adapters {arguments.adapters}" if arguments.adapters else ""
                     record(
                         case,
                         found["tokens_per_s"],

@@ -21,6 +21,7 @@ import torch
 from workers.models.kernels import weight_packing
 from workers.models.kernels.cuda_driver import build_all
 from workers.models.kernels.cuda_linear import (
+    BARRIER_BYTES,
     MAX_SHARED_BYTES,
     GroupPlan,
     Launch,
@@ -63,7 +64,7 @@ def candidates(weight_format: str, rows: int, in_features: int) -> list[Plan]:
     if weight_format in ("INT4", "INT8") and rows > 4:
         batch = next(size for size in (8, 16, 24, 32, 48, 64, 96, 128) if size >= rows)
         for (groups, tall), split, prefetch, stages in itertools.product(
-            ((2, 1), (2, 2), (3, 1), (4, 1), (4, 2)), (1, 2, 4, 8), (4,), (4, 6)
+            ((2, 1), (2, 2), (3, 1), (4, 1), (4, 2)), (1, 2, 4, 8), (2, 4), (4, 6)
         ):
             registers = batch * tall // 2 + tall * (16 + 4 * prefetch) + 40
             plan = GroupPlan(batch, tall, split, prefetch, stages, 1, groups)
@@ -72,7 +73,7 @@ def candidates(weight_format: str, rows: int, in_features: int) -> list[Plan]:
             if (
                 chunks // split % prefetch == 0
                 and registers * groups * 128 <= 65536
-                and shared_bytes(plan) * plan.min_blocks <= MAX_SHARED_BYTES
+                and (shared_bytes(plan) + BARRIER_BYTES) * plan.min_blocks <= MAX_SHARED_BYTES
             ):
                 plans.append(plan)
     return plans

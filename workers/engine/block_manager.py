@@ -39,6 +39,15 @@ class BlockManager:
             sequence.blocks.append(self._free.pop())
         return True
 
+    def allocate_ahead(self, sequence: Sequence, num_tokens: int, num_reserved: int) -> bool:
+        """Room for so many more tokens than it has, if that leaves `num_reserved` blocks free; False, and nothing given."""
+        num_missing = -(-(len(sequence) + num_tokens) // self.block_size) - len(sequence.blocks)
+        if num_missing > 0 and num_missing + num_reserved > len(self._free):
+            return False
+        for _ in range(num_missing):
+            sequence.blocks.append(self._free.pop())
+        return True
+
     def free(self, sequence: Sequence) -> None:
         """Takes all blocks of this sequence back."""
         self._free.extend(reversed(sequence.blocks))

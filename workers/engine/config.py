@@ -10,6 +10,7 @@ DtypeSetting = Literal["auto", "float16", "bfloat16", "float32"]
 QuantizeSetting = Literal["none", "int8", "int4", "fp8"]
 ActivationsSetting = Literal["auto", "int8", "full"]
 CacheSetting = Literal["auto", "int8"]
+SpeculationSetting = Literal["auto", "off"]
 
 GIB: Final = 1 << 30
 
@@ -29,6 +30,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The layer that gives the logits becomes int8; so does an embedding that shares its weights."""
     activations: ActivationsSetting = "auto"
     """Of quantized layers on a CPU: int8 (fast, by ONNX Runtime), or full, in `dtype` (exact); auto is int8 where it can be."""
+    speculation: SpeculationSetting = "auto"
+    """auto: while few sequences run, those that copy from their prompt get several tokens a step. Their tokens are the same."""
     max_num_seqs: int = 64
     """Sequences that run at the same time, at most."""
     max_prefill_tokens: int = 4096
@@ -88,6 +91,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("quantize", QuantizeSetting),
             ("activations", ActivationsSetting),
             ("cache_dtype", CacheSetting),
+            ("speculation", SpeculationSetting),
         ):
             value, choices = getattr(self, name), get_args(setting)
             if value not in choices:

@@ -33,6 +33,10 @@ def batch_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
+DRAFT_SIZES: Final = (8, 16, 32)
+"""Rows of the graphs that check drafts."""
+
+
 def _fields(batch_size: int, max_blocks: int) -> dict[str, tuple[type, tuple[int, ...]]]:
     """Name, type and shape of a step's inputs, the widest first, so that all are aligned."""
     return {
@@ -41,6 +45,7 @@ def _fields(batch_size: int, max_blocks: int) -> dict[str, tuple[type, tuple[int
         "seeds": (np.int64, (batch_size,)),
         "token_indexes": (np.int64, (batch_size,)),
         "adapter_slots": (np.int64, (batch_size,)),
+        "token_ids": (np.int64, (batch_size,)),
         "top_ps": (np.float64, (batch_size,)),
         "kv_lens": (np.int32, (batch_size,)),
         "token_rows": (np.int32, (batch_size,)),
@@ -100,6 +105,8 @@ class Vocabulary:
 class DecodeGraph:
     """The step of `batch_size` sequences. Rows that have none write to block 0 and to the last row of `last_tokens`.
 
+    With drafts, a sequence has several rows at consecutive positions; their tokens come from the host, and go nowhere else.
+
     Making one runs the step once, which loads its kernels and makes what they share; `capture` comes after that.
     """
 
@@ -116,6 +123,7 @@ class DecodeGraph:
         batch_size: int,
         max_blocks: int,
         has_adapters: bool = False,
+        has_drafts: bool = False,
         pool: Any = None,
     ) -> None:
         self.batch_size = batch_size
@@ -131,13 +139,14 @@ class DecodeGraph:
         self._graph = torch.cuda.CUDAGraph()
         tensors = self.inputs.tensors
         self._decode_inputs = DecodeInputs(
-            last_tokens,
-            tensors["token_rows"],
+            tensors["token_ids"] if has_drafts else last_tokens,
+            None if has_drafts else tensors["token_rows"],
             tensors["positions"],
             tensors["slots"],
             tensors["kv_lens"],
             tensors["block_tables"],
             tensors["adapter_slots"] if has_adapters else None,
+            shares_sequences=has_drafts,
         )
         self._sampling_inputs = cuda_ops.SamplingInputs(
             tensors["temperatures"],

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 
-from workers.engine.cuda_graphs import DecodeGraph, Vocabulary, batch_sizes
+from workers.engine.cuda_graphs import DRAFT_SIZES, DecodeGraph, Vocabulary, batch_sizes
 from workers.engine.sampler import INVALID_TOKEN, Sampler, SamplingBatch
 from workers.engine.scheduler import Schedule
 from workers.engine.sequence import Sequence
@@ -32,12 +32,13 @@ class OnItsWay:
     """A step that the GPU has got."""
 
     sequences: list[Sequence]
+    """With drafts, `token_ids` has several for each (see `Launched`)."""
     _tokens: torch.Tensor
     """On the host; written by the GPU."""
     _done: torch.cuda.Event
 
     def token_ids(self) -> list[int]:
-        """Waits for the step: one token for each sequence."""
+        """Waits for the step."""
         self._done.synchronize()
         token_ids: list[int] = self._tokens.tolist()
         return token_ids
@@ -47,6 +48,7 @@ class CudaRunner:
     """Runs schedules on one GPU. At most NUM_IN_FLIGHT steps may be unread."""
 
     runs_ahead: bool = True
+    max_draft_rows: int = DRAFT_SIZES[-1]
 
     def __init__(
         self,
@@ -70,34 +72,44 @@ class CudaRunner:
         # The last row takes the tokens of a graph's unused rows.
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=model.device)
         self._table = _SequenceTable(max_num_seqs, self._max_blocks, cache.block_size)
+        num_tokens = max(max_num_seqs, self.max_draft_rows)
         self._host_tokens = [
-            torch.zeros(max_num_seqs, dtype=torch.int64, pin_memory=True) for _ in range(NUM_IN_FLIGHT + 1)
+            torch.zeros(num_tokens, dtype=torch.int64, pin_memory=True) for _ in range(NUM_IN_FLIGHT + 1)
         ]
         self._num_launched = 0
-        self._graphs: dict[tuple[int, bool], DecodeGraph] = {}
+        self._graphs: dict[_Shape, DecodeGraph] = {}
+        self._untold: dict[int, Sequence] = {}
+        """By row, those whose last token came from a step with drafts: a decode would not find it."""
         self._adapter_generation = -1
         self._special: tuple[list[int], SamplingBatch] | None = None
 
     @torch.inference_mode()
     def capture(self) -> None:
         """Makes the graphs of all batch sizes, the largest first, so that the smaller ones find its memory."""
+        shapes = [_Shape(size) for size in self._sizes]
+        shapes += [_Shape(size, has_drafts=True) for size in DRAFT_SIZES]
         with collect_launches() as kernels:
-            for size in self._sizes:
-                DecodeGraph(
-                    self._model, self._cache, self._vocabulary, self._last_tokens, **self._shape(size)
-                )
+            for shape in shapes:
+                self._new_graph(shape)
         build_all(kernels, self._model.device)
-        for size in reversed(self._sizes):
-            self._graph(size, has_adapters=False)
+        for shape in sorted(shapes, key=lambda shape: -shape.size):
+            self._graph(shape)
 
     @torch.inference_mode()
     def launch(self, schedule: Schedule) -> OnItsWay:
         """Starts this step behind whatever is under way."""
         sequences = schedule.sequences
-        tokens = self._prefill(sequences) if schedule.is_prefill else self._decode(sequences)
-        host_tokens = self._host_tokens[self._num_launched % len(self._host_tokens)][: len(sequences)]
+        num_tokens = len(sequences)
+        if schedule.is_prefill:
+            tokens = self._prefill(sequences)
+        elif schedule.drafts is not None:
+            tokens = self._check(sequences, schedule.drafts)
+            num_tokens += sum(map(len, schedule.drafts))
+        else:
+            tokens = self._decode(sequences)
+        host_tokens = self._host_tokens[self._num_launched % len(self._host_tokens)][:num_tokens]
         self._num_launched += 1
-        host_tokens.copy_(tokens[: len(sequences)], non_blocking=True)
+        host_tokens.copy_(tokens[:num_tokens], non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         return OnItsWay(list(sequences), host_tokens, done)
@@ -108,6 +120,7 @@ class CudaRunner:
         for sequence in sequences:
             self._table.add(sequence)
             self._sampler.add(sequence)
+            self._untold.pop(sequence.row, None)
         lens = [len(sequence.token_ids) for sequence in sequences]
         positions = [
             sequence.layout.positions(0, length) for sequence, length in zip(sequences, lens, strict=True)
@@ -156,44 +169,81 @@ class CudaRunner:
     # --- decode ------------------------------------------------------------------------------------------------------
 
     def _decode(self, sequences: list[Sequence]) -> torch.Tensor:
+        if self._untold:
+            self._tell(sequences)
         has_adapters = any(sequence.adapter_slot for sequence in sequences)
         size = next(size for size in self._sizes if size >= len(sequences))
-        graph = self._graph(size, has_adapters=has_adapters)
+        graph = self._graph(_Shape(size, has_adapters))
         self._table.fill(graph.inputs.host(), sequences, unused_row=len(self._last_tokens) - 1)
         graph.inputs.send()
         graph.replay()
         self._sample_special(sequences, graph.logits, graph.tokens)
         return graph.tokens
 
-    def _graph(self, size: int, *, has_adapters: bool) -> DecodeGraph:
-        """The graph for this size; those with adapters are captured when they are first needed, and again when the adapters'
+    def _check(self, sequences: list[Sequence], drafts: list[list[int]]) -> torch.Tensor:
+        """Draws after each sequence's last token and after each of its draft. Nothing of these sequences is under way."""
+        num_rows = len(sequences) + sum(map(len, drafts))
+        has_adapters = any(sequence.adapter_slot for sequence in sequences)
+        size = next(size for size in DRAFT_SIZES if size >= num_rows)
+        graph = self._graph(_Shape(size, has_adapters, has_drafts=True))
+        unused_row = len(self._last_tokens) - 1
+        self._table.fill_drafts(graph.inputs.host(), sequences, drafts, unused_row)
+        graph.inputs.send()
+        graph.replay()
+        rows = [one for one, draft in zip(sequences, drafts, strict=True) for _ in range(len(draft) + 1)]
+        if not all(map(_is_simple, sequences)):
+            offsets = [offset for draft in drafts for offset in range(len(draft) + 1)]
+            self._sample_special(rows, graph.logits, graph.tokens, offsets)
+        self._untold.update((sequence.row, sequence) for sequence in sequences)
+        return graph.tokens
+
+    def _tell(self, sequences: list[Sequence]) -> None:
+        """Brings tokens that only the host knows to where a decode looks for them."""
+        known = [sequence for sequence in sequences if self._untold.get(sequence.row) is sequence]
+        self._untold.clear()
+        if known:
+            rows = self._tensor([sequence.row for sequence in known])
+            self._last_tokens[rows] = self._tensor([sequence.token_ids[-1] for sequence in known])
+
+    def _graph(self, shape: _Shape) -> DecodeGraph:
+        """The graph for this shape; those with adapters are captured when they are first needed, and again when the adapters'
         memory has moved."""
         bank = self._model.bank
-        if has_adapters and bank is not None and bank.generation != self._adapter_generation:
-            self._graphs = {key: graph for key, graph in self._graphs.items() if not key[1]}
+        if shape.has_adapters and bank is not None and bank.generation != self._adapter_generation:
+            self._graphs = {key: graph for key, graph in self._graphs.items() if not key.has_adapters}
             self._adapter_generation = bank.generation
-        graph = self._graphs.get((size, has_adapters))
+        graph = self._graphs.get(shape)
         if graph is None:
-            pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-            graph = self._graphs[size, has_adapters] = DecodeGraph(
-                self._model,
-                self._cache,
-                self._vocabulary,
-                self._last_tokens,
-                **self._shape(size),
-                has_adapters=has_adapters,
-                pool=pool,
-            )
+            graph = self._graphs[shape] = self._new_graph(shape)
             graph.capture()
         return graph
 
-    def _shape(self, size: int) -> dict[str, Any]:
-        return {"batch_size": size, "max_blocks": self._max_blocks}
+    def _new_graph(self, shape: _Shape) -> DecodeGraph:
+        return DecodeGraph(
+            self._model,
+            self._cache,
+            self._vocabulary,
+            self._last_tokens,
+            batch_size=shape.size,
+            max_blocks=self._max_blocks,
+            has_adapters=shape.has_adapters,
+            has_drafts=shape.has_drafts,
+            pool=next(iter(self._graphs.values())).pool() if self._graphs else None,
+        )
 
     # --- what the graph's sampling does not do ------------------------------------------------------------------------
 
-    def _sample_special(self, sequences: Seq[Sequence], logits: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Draws again, with the engine's sampler, for the sequences that need more than the kernel has."""
+    def _sample_special(
+        self,
+        sequences: Seq[Sequence],
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        offsets: Seq[int] | None = None,
+    ) -> None:
+        """Draws again, with the engine's sampler, for the sequences that need more than the kernel has.
+
+        offsets: with drafts, the place of each row in its sequence's draft.
+        """
         special = [index for index, sequence in enumerate(sequences) if not _is_simple(sequence)]
         if not special:
             return
@@ -202,14 +252,29 @@ class CudaRunner:
         if self._special is None or self._special[0] != identity:
             self._special = identity, self._sampler.batch(chosen)
         indexes = self._tensor(special)
-        token_indexes = self._tensor([sequence.num_generated for sequence in chosen])
+        token_indexes = self._tensor(
+            [
+                sequences[index].num_generated + (offsets[index] if offsets is not None else 0)
+                for index in special
+            ]
+        )
         drawn = self._sampler.sample(logits[indexes], self._special[1], token_indexes)
         tokens[indexes] = drawn
+        if offsets is not None:
+            return
         self._last_tokens[self._tensor([sequence.row for sequence in chosen])] = drawn
 
     def _tensor(self, values: object, dtype: type = np.int64) -> torch.Tensor:
         array: np.ndarray = np.ascontiguousarray(values, dtype=dtype)
         return torch.from_numpy(array).to(self._model.device, non_blocking=True)
+
+
+class _Shape(NamedTuple):
+    """What a graph is for."""
+
+    size: int
+    has_adapters: bool = False
+    has_drafts: bool = False
 
 
 def _is_simple(sequence: Sequence) -> bool:
@@ -250,11 +315,7 @@ class _SequenceTable:
 
     def fill(self, host: dict[str, np.ndarray[Any, Any]], sequences: list[Sequence], unused_row: int) -> None:
         """Writes the next step of these sequences into a graph's inputs."""
-        for sequence in sequences:
-            known = self._num_blocks[sequence.row]
-            if known < len(sequence.blocks):
-                self._blocks[sequence.row, known : len(sequence.blocks)] = sequence.blocks[known:]
-                self._num_blocks[sequence.row] = len(sequence.blocks)
+        self._take_blocks(sequences)
         if self._sequences == sequences:
             for name in ("kv_lens", "token_indexes"):
                 self._arrays[name] += 1
@@ -262,7 +323,40 @@ class _SequenceTable:
         else:
             self._sequences = list(sequences)
             self._gather(sequences)
-        count = len(sequences)
+        self._write(host, unused_row)
+
+    def fill_drafts(
+        self,
+        host: dict[str, np.ndarray[Any, Any]],
+        sequences: list[Sequence],
+        drafts: list[list[int]],
+        unused_row: int,
+    ) -> None:
+        """The same, with a row for each token of a draft behind the row of its sequence."""
+        self._take_blocks(sequences)
+        # How far the sequences will have come, this step decides.
+        self._sequences = []
+        self._gather(
+            [one for one, draft in zip(sequences, drafts, strict=True) for _ in range(len(draft) + 1)],
+            [offset for draft in drafts for offset in range(len(draft) + 1)],
+        )
+        self._write(host, unused_row)
+        token_ids = [
+            id_ for one, draft in zip(sequences, drafts, strict=True) for id_ in (one.token_ids[-1], *draft)
+        ]
+        host["token_ids"][: len(token_ids)] = token_ids
+        host["token_ids"][len(token_ids) :] = 0
+        host["token_rows"][:] = unused_row
+
+    def _take_blocks(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            known = self._num_blocks[sequence.row]
+            if known < len(sequence.blocks):
+                self._blocks[sequence.row, known : len(sequence.blocks)] = sequence.blocks[known:]
+                self._num_blocks[sequence.row] = len(sequence.blocks)
+
+    def _write(self, host: dict[str, np.ndarray[Any, Any]], unused_row: int) -> None:
+        count = len(self._rows)
         last = self._arrays["kv_lens"] - 1
         blocks = self._blocks[self._rows, last // self._block_size].astype(np.int64)
         for name, values in self._arrays.items():
@@ -276,16 +370,18 @@ class _SequenceTable:
         host["temperatures"][count:] = 0
         host["adapter_slots"][count:] = 0
 
-    def _gather(self, sequences: list[Sequence]) -> None:
-        """Everything anew: other sequences run than in the step before."""
+    def _gather(self, sequences: list[Sequence], offsets: list[int] | None = None) -> None:
+        """Everything anew: other sequences run than in the step before. offsets: how far each row is ahead of its sequence."""
         self._rows = np.array([sequence.row for sequence in sequences], dtype=np.int64)
-        lens = [len(sequence) for sequence in sequences]
+        offsets = offsets or [0] * len(sequences)
+        lens = [len(sequence) + offset for sequence, offset in zip(sequences, offsets, strict=True)]
         positions = [one.layout.position(length - 1) for one, length in zip(sequences, lens, strict=True)]
         sampling = [sequence.sampling for sequence in sequences]
         self._arrays = {
             "positions": np.array(positions, dtype=np.int64).T.copy(),
             "seeds": np.array([s.seed for s in sampling], dtype=np.int64),
-            "token_indexes": np.array([one.num_generated for one in sequences], dtype=np.int64),
+            "token_indexes": np.array(lens, dtype=np.int64)
+            - np.array([one.prompt_len for one in sequences], dtype=np.int64),
             "adapter_slots": np.array([one.adapter_slot for one in sequences], dtype=np.int64),
             "top_ps": np.array([s.top_p for s in sampling], dtype=np.float64),
             "kv_lens": np.array(lens, dtype=np.int32),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ from workers.engine.loading import load_network
 from workers.engine.messages import FromEngine, Generate, Ready, Refused, Step
 from workers.engine.model_runner import Launched, ModelRunner, Runner
 from workers.engine.sampler import Sampler
-from workers.engine.scheduler import Scheduler
+from workers.engine.scheduler import Schedule, Scheduler
 from workers.engine.sequence import Sequence
+from workers.engine.speculation import Speculation, accepted
 from workers.models.adapter_bank import AdapterBank
 from workers.models.batch import KVCache
 from workers.models.config import ModelConfig
@@ -89,8 +91,9 @@ class Engine:
                 context_len=self.context_len,
             )
         self._sequences: dict[int, Sequence] = {}
-        self._launched: Launched | None = None
+        self._launched: _Step | None = None
         """A step whose tokens were not read yet."""
+        self.speculation = Speculation(self._runner.max_draft_rows if config.speculation == "auto" else 0)
         self._arrivals = itertools.count()
         self.on_prefill: Callable[[list[int]], None] = lambda _sequence_ids: None
         """Called with the sequences of a prefill before it is launched."""
@@ -116,10 +119,13 @@ class Engine:
         """The next token of some sequences. Call it only while there is work.
 
         On a GPU the following step is launched before this one's tokens are read, so that the GPU never waits for the host.
-        A sequence that turns out to have ended takes part in that step in vain.
+        A sequence that turns out to have ended takes part in that step in vain. While a sequence copies, its next step
+        waits for the tokens of this one, because the draft goes on from them.
         """
         launched = self._launched or self._launch()
-        self._launched = self._launch() if self._runner.runs_ahead else None
+        has_drafts = launched is not None and launched.schedule.drafts is not None
+        waits = has_drafts or self.speculation.is_likely(self.scheduler.running)
+        self._launched = self._launch() if self._runner.runs_ahead and not waits else None
         ended = self._advance(launched) if launched is not None else []
         return Step(
             sequence_ids=[sequence_id for sequence_id, _, _ in ended],
@@ -190,33 +196,75 @@ class Engine:
             loaded_adapters=self.adapters.loaded,
         )
 
-    def _launch(self) -> Launched | None:
+    def _launch(self) -> _Step | None:
         schedule = self.scheduler.schedule()
         if schedule is None:
             return None
         if schedule.is_prefill:
             self.on_prefill([sequence.sequence_id for sequence in schedule.sequences])
+        else:
+            schedule = self._with_drafts(schedule)
         launched = self._runner.launch(schedule)
         for sequence in schedule.sequences:
             sequence.num_pending += 1
-        return launched
+        return _Step(schedule, launched)
 
-    def _advance(self, launched: Launched) -> list[tuple[int, int, str]]:
-        """Gives each sequence its token, and lets those go that have ended. Returns (id, token, finish reason) of those that
+    def _with_drafts(self, schedule: Schedule) -> Schedule:
+        """The same decode, with drafts for the sequences that copy."""
+        sequences = schedule.sequences
+        if not self.speculation.is_likely(sequences) or any(one.num_pending for one in sequences):
+            return schedule
+        drafts = self.speculation.drafts(sequences)
+        blocks = self.scheduler.block_manager
+        for index, (sequence, draft) in enumerate(zip(sequences, drafts, strict=True)):
+            # A draft pushes nobody out: each of the others can still have a block.
+            if draft and not blocks.allocate_ahead(sequence, len(draft), num_reserved=len(sequences)):
+                drafts[index] = []
+        return replace(schedule, drafts=drafts) if any(drafts) else schedule
+
+    def _advance(self, step: _Step) -> list[tuple[int, int, str]]:
+        """Gives each sequence its tokens, and lets those go that have ended. Returns (id, token, finish reason) of those that
         had not ended, or been aborted, before."""
         advanced = []
-        for sequence, token_id in zip(launched.sequences, launched.token_ids(), strict=True):
+        is_watching = self.speculation.is_useful(self.scheduler.running)
+        for sequence, draft, drawn in step.results():
             sequence.num_pending -= 1
             if self._sequences.get(sequence.sequence_id) is not sequence:
                 continue
-            sequence.token_ids.append(token_id)
-            finish_reason = sequence.finish_reason(self.tokenizer.eos_id)
+            num_before, finish_reason = len(sequence.token_ids), ""
+            for token_id in accepted(draft, drawn):
+                sequence.token_ids.append(token_id)
+                finish_reason = sequence.finish_reason(self.tokenizer.eos_id)
+                advanced.append((sequence.sequence_id, token_id, finish_reason))
+                if finish_reason:
+                    break
+            if draft:
+                self.speculation.judge(sequence, len(draft), len(sequence.token_ids) - num_before - 1)
             if finish_reason:
                 del self._sequences[sequence.sequence_id]
                 self.scheduler.remove(sequence)
                 self.adapters.release(sequence)
-            advanced.append((sequence.sequence_id, token_id, finish_reason))
+            elif is_watching:
+                self.speculation.follow(sequence)
         return advanced
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step under way."""
+
+    schedule: Schedule
+    launched: Launched
+
+    def results(self) -> Iterator[tuple[Sequence, list[int], list[int]]]:
+        """(sequence, its draft, the tokens drawn after its last token and after each of the draft's). Waits for the step."""
+        drawn = self.launched.token_ids()
+        drafts = self.schedule.drafts or [[]] * len(self.schedule.sequences)
+        start = 0
+        for sequence, draft in zip(self.schedule.sequences, drafts, strict=True):
+            end = start + len(draft) + 1
+            yield sequence, draft, drawn[start:end]
+            start = end
 
 
 def new_cache(

@@ -26,7 +26,8 @@ class Launched(Protocol):
     def sequences(self) -> list[Sequence]: ...
 
     def token_ids(self) -> list[int]:
-        """The next token of each of them; waits for the step to end."""
+        """The next token of each of them; waits for the step to end. With drafts: the token after each sequence's last one,
+        and after each of its draft, sequence by sequence."""
 
 
 class Runner(Protocol):
@@ -34,6 +35,8 @@ class Runner(Protocol):
 
     runs_ahead: bool
     """Whether a step may be launched before the tokens of the last one were read."""
+    max_draft_rows: int
+    """Tokens that a step with drafts may have, all sequences together."""
 
     def launch(self, schedule: Schedule) -> Launched: ...
 
@@ -51,6 +54,7 @@ class ModelRunner:
     """Runs schedules on any device, one after another."""
 
     runs_ahead: bool = False
+    max_draft_rows: int = 32
 
     def __init__(
         self,
@@ -80,10 +84,16 @@ class ModelRunner:
                 self._sampler.add(sequence)
             batch = self._prefill_batch(sequences)
         else:
-            batch = self._decode_batch(sequences)
+            batch = self._decode_batch(sequences, schedule.drafts)
         logits = self._model(batch, self._cache)
-        token_indexes = self._tensor([sequence.num_generated for sequence in sequences])
-        chosen = self._sampler.sample(logits, self._sampling_batch(sequences), token_indexes)
+        drafts = schedule.drafts or [[] for _ in sequences]
+        # A draft's tokens are further rows of its sequence, each with the draw of its own index.
+        rows = [one for one, draft in zip(sequences, drafts, strict=True) for _ in range(len(draft) + 1)]
+        offsets = [offset for draft in drafts for offset in range(len(draft) + 1)]
+        token_indexes = self._tensor(
+            [one.num_generated + offset for one, offset in zip(rows, offsets, strict=True)]
+        )
+        chosen = self._sampler.sample(logits, self._sampling_batch(rows), token_indexes)
         return _Ended(sequences, chosen.tolist())
 
     def _prefill_batch(self, sequences: list[Sequence]) -> Batch:
@@ -110,9 +120,7 @@ class ModelRunner:
             adapter_slots=self._adapter_slots(sequences, lens),
         )
 
-    def _decode_batch(self, sequences: list[Sequence]) -> Batch:
-        lens = [len(sequence) for sequence in sequences]
-        positions = [sequence.layout.position(len(sequence) - 1) for sequence in sequences]
+    def _decode_batch(self, sequences: list[Sequence], drafts: list[list[int]] | None = None) -> Batch:
         for sequence in sequences:
             num_known = self._num_table_blocks[sequence.row]
             if num_known < len(sequence.blocks):
@@ -120,6 +128,14 @@ class ModelRunner:
                     num_known:
                 ]
                 self._num_table_blocks[sequence.row] = len(sequence.blocks)
+        token_ids = [sequence.token_ids[-1] for sequence in sequences]
+        lens = [len(sequence) for sequence in sequences]
+        if drafts is not None:
+            pairs = list(zip(sequences, drafts, strict=True))
+            sequences = [one for one, draft in pairs for _ in range(len(draft) + 1)]
+            token_ids = [id_ for one, draft in pairs for id_ in (one.token_ids[-1], *draft)]
+            lens = [len(one) + offset for one, draft in pairs for offset in range(len(draft) + 1)]
+        positions = [one.layout.position(length - 1) for one, length in zip(sequences, lens, strict=True)]
         rows = [sequence.row for sequence in sequences]
         max_kv_len = max(lens)
         num_columns = -(-max_kv_len // self._cache.block_size)
@@ -129,7 +145,7 @@ class ModelRunner:
         slots = blocks.astype(np.int64) * self._cache.block_size + last % self._cache.block_size
         return Batch(
             is_prefill=False,
-            token_ids=self._tensor([sequence.token_ids[-1] for sequence in sequences]),
+            token_ids=self._tensor(token_ids),
             positions=self._tensor(np.array(positions).T),
             slots=self._tensor(slots),
             kv_lens=self._tensor(lens, np.int32),

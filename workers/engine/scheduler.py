@@ -15,6 +15,8 @@ class Schedule:
 
     sequences: list[Sequence]
     is_prefill: bool
+    drafts: list[list[int]] | None = None
+    """Of a decode: for each sequence the tokens that are to be checked beside its last one. Its blocks have room for them."""
 
 
 class Scheduler:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from workers.engine.messages import Sampling
 from workers.models.layout import AnyLayout
+
+if TYPE_CHECKING:
+    from workers.engine.speculation import PromptLookup
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +32,9 @@ class Sequence:
     """Its place in the tables that the runner keeps; -1 while it waits."""
     adapter_slot: int = 0
     """Where its adapter is loaded; 0: it has none."""
+
+    lookup: PromptLookup | None = None
+    """What it may copy; None: nobody has looked."""
 
     num_pending: int = 0
     """Tokens that a step on its way will add: the host knows that they come, but not what they are."""

@@ -180,6 +180,8 @@ class DecodeInputs:
     """[B, max_blocks] int32"""
     adapter_slots: torch.Tensor | None = None
     """[B] int64, see `Batch`"""
+    shares_sequences: bool = False
+    """Rows may be of one sequence, at positions that follow each other: each sees the keys of those before it."""
 
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
@@ -274,6 +276,16 @@ class CudaChatGLM:
 
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
             out = torch.empty(batch_size, self.config.hidden_size, dtype=qkv.dtype, device=qkv.device)
+            if inputs.shares_sequences:
+                # All keys are in the cache before any row reads them.
+                cuda_ops.run_rotate_and_store(
+                    qkv,
+                    *self.rotary,
+                    inputs.positions,
+                    layer_caches[layer],
+                    inputs.slots,
+                    is_dependent=True,
+                )
             cuda_ops.run_attend_decode(
                 plan,
                 workspace,
@@ -283,7 +295,7 @@ class CudaChatGLM:
                 inputs.kv_lens,
                 self.scale,
                 out,
-                rotary=self.rotary,
+                rotary=None if inputs.shares_sequences else self.rotary,
                 positions=inputs.positions,
                 slots=inputs.slots,
                 is_dependent=True,

@@ -24,7 +24,7 @@ import torch
 
 SOURCE_FOLDER: Final = Path(__file__).parent / "cuda"
 
-_STRUCT_CODES: Final = {"p": "P", "i": "i", "l": "q", "f": "f"}
+_STRUCT_CODES: Final = {"p": "P", "i": "i", "l": "q", "f": "f", "m": "128s"}
 _PARAM_BUFFER_POINTER, _PARAM_BUFFER_SIZE, _PARAM_END = 1, 2, 0
 _PROGRAMMATIC_STREAM_SERIALIZATION: Final = 6
 _MAX_DYNAMIC_SHARED_SIZE_BYTES: Final = 8
@@ -167,7 +167,8 @@ def compile_source(source: str, defines: dict[str, int | str], arch: str) -> byt
 class Kernel:
     """One function of `cuda/<source>`, built with these macros on its first use.
 
-    arguments: one letter each: p (pointer), i (int32), l (int64), f (float). shared_bytes: dynamic shared memory.
+    arguments: one letter each: p (pointer), i (int32), l (int64), f (float), m (tensor map). shared_bytes: dynamic shared
+    memory.
     """
 
     source: str
@@ -211,7 +212,7 @@ class Kernel:
     def launch(
         self,
         grid: Sequence[int],
-        *arguments: torch.Tensor | int | float | None,
+        *arguments: torch.Tensor | int | float | bytes | None,
         is_dependent: bool = False,
     ) -> None:
         """Puts one run into the current stream. Tensors pass their address; None passes a null pointer.
@@ -237,7 +238,7 @@ class Kernel:
         config.grid[: len(grid)] = grid
         config.stream = torch._C._cuda_getCurrentRawStream(device)
         config.num_attributes = is_dependent
-        code = _driver().cuLaunchKernelEx(packed.config_pointer, handle, None, packed.extra)
+        code = _driver().cuLaunchKernelEx(packed.config_pointer, handle, packed.parameters, packed.extra)
         if code:
             _check(code, f"launch of {self.function} with a grid of {tuple(grid)}")
 
@@ -250,22 +251,68 @@ class _Packed:
     """What a launch hands to the driver: the arguments in one buffer, as the kernel's parameters are laid out."""
 
     def __init__(self, arguments: str, num_threads: int, shared_bytes: int) -> None:
-        self.values = struct.Struct("@" + "".join(_STRUCT_CODES[letter] for letter in arguments))
+        codes = [_STRUCT_CODES[letter] for letter in arguments]
+        self.values = struct.Struct("@" + "".join(codes))
         self.buffer = ctypes.create_string_buffer(self.values.size)
         self._size = ctypes.c_size_t(self.values.size)
-        self.extra = (ctypes.c_void_p * 5)(
-            _PARAM_BUFFER_POINTER,
-            ctypes.addressof(self.buffer),
-            _PARAM_BUFFER_SIZE,
-            ctypes.addressof(self._size),
-            _PARAM_END,
-        )
+        address = ctypes.addressof(self.buffer)
+        self.parameters: ctypes.Array[ctypes.c_void_p] | None = None
+        self.extra: ctypes.Array[ctypes.c_void_p] | None = None
+        if "m" in arguments:
+            # A tensor map is aligned to 64 bytes in the kernel's memory, not in its parameters' buffer: where that begins,
+            # only the driver knows. So each parameter is given by its address.
+            offsets = [
+                struct.calcsize("@" + "".join(codes[:index]) + "0" + code[-1])
+                for index, code in enumerate(codes)
+            ]
+            self.parameters = (ctypes.c_void_p * len(codes))(*(address + offset for offset in offsets))
+        else:
+            self.extra = (ctypes.c_void_p * 5)(
+                _PARAM_BUFFER_POINTER,
+                address,
+                _PARAM_BUFFER_SIZE,
+                ctypes.addressof(self._size),
+                _PARAM_END,
+            )
         self._attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION)
         self._attribute.value[0] = 1
         self.config = _LaunchConfig(shared_bytes=shared_bytes, attributes=ctypes.pointer(self._attribute))
         self.config.grid[:] = (1, 1, 1)
         self.config.block[:] = (num_threads, 1, 1)
         self.config_pointer = ctypes.byref(self.config)
+
+
+_FLOAT16: Final = 6
+_SWIZZLE_128_BYTES: Final = 3
+_PROMOTE_TO_256_BYTES: Final = 3
+_TENSOR_MAP_BYTES: Final = 128
+_TENSOR_MAP_ALIGNMENT: Final = 64
+
+
+def row_tile_map(matrix: torch.Tensor, box_rows: int, box_columns: int) -> bytes:
+    """The copy engine's description of an fp16 matrix [R, C], contiguous, that is copied in swizzled boxes of this size, of
+    which 128 bytes are a row. Rows past the end read as zeros. Hopper.
+    """
+    rows, columns = matrix.shape
+    room = ctypes.create_string_buffer(_TENSOR_MAP_BYTES + _TENSOR_MAP_ALIGNMENT)
+    address = -(-ctypes.addressof(room) // _TENSOR_MAP_ALIGNMENT) * _TENSOR_MAP_ALIGNMENT
+    # Innermost dimension first.
+    code = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(address),
+        _FLOAT16,
+        2,
+        ctypes.c_void_p(matrix.data_ptr()),
+        (ctypes.c_uint64 * 2)(columns, rows),
+        (ctypes.c_uint64 * 1)(columns * 2),
+        (ctypes.c_uint32 * 2)(box_columns, box_rows),
+        (ctypes.c_uint32 * 2)(1, 1),
+        0,
+        _SWIZZLE_128_BYTES,
+        _PROMOTE_TO_256_BYTES,
+        0,
+    )
+    _check(code, f"a tensor map of a {rows} x {columns} matrix")
+    return ctypes.string_at(address, _TENSOR_MAP_BYTES)
 
 
 def build_all(kernels: Iterable[Kernel], device: torch.device) -> None:

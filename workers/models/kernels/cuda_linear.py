@@ -13,8 +13,9 @@ from typing import Final, Literal
 import torch
 
 from workers.models.kernels import weight_packing
-from workers.models.kernels.cuda_driver import Kernel
+from workers.models.kernels.cuda_driver import Kernel, row_tile_map
 from workers.models.kernels.cuda_ops import run_dequantize, run_rows
+from workers.models.kernels.weight_packing import TILE_INPUTS
 from workers.models.quantization import Bits, quantize
 
 Format = Literal["INT4", "INT8", "E4M3", "F16"]
@@ -85,7 +86,7 @@ def linear_kernel(
         }
         return Kernel("linear.cu", "linear", "pppppi", defines, plan.split * 32, shared_bytes(plan))
     defines |= {"BATCH": plan.batch, "TALL": plan.tall, "GROUPS": plan.groups}
-    return Kernel("linear_wgmma.cu", "linear", "pppppi", defines, 128 * plan.groups, shared_bytes(plan))
+    return Kernel("linear_wgmma.cu", "linear", "mppppi", defines, 128 * plan.groups, shared_bytes(plan))
 
 
 def linear_grid(plan: Plan, out_features: int) -> tuple[int, ...]:
@@ -98,6 +99,7 @@ def linear_grid(plan: Plan, out_features: int) -> tuple[int, ...]:
 class Launch:
     """A build with the grid that it runs in, for one shape and up to so many rows."""
 
+    plan: Plan
     kernel: Kernel
     grid: tuple[int, ...]
 
@@ -113,7 +115,7 @@ class Launch:
         has_gelu: bool,
     ) -> Launch:
         kernel = linear_kernel(plan, weight_format, out_features, in_features, has_bias, has_gelu)
-        return cls(kernel, linear_grid(plan, out_features))
+        return cls(plan, kernel, linear_grid(plan, out_features))
 
     def run(
         self,
@@ -126,7 +128,11 @@ class Launch:
         is_dependent: bool = False,
     ) -> None:
         """out[M, N] = x[M, K] weight^T * scales + bias. x, bias, out: fp16; scales: float32; contiguous."""
-        self.kernel.launch(self.grid, weight, scales, bias, x, out, len(x), is_dependent=is_dependent)
+        if isinstance(self.plan, GroupPlan):
+            tiles = row_tile_map(x, self.plan.batch, TILE_INPUTS)
+            self.kernel.launch(self.grid, tiles, weight, scales, bias, out, len(x), is_dependent=is_dependent)
+        else:
+            self.kernel.launch(self.grid, weight, scales, bias, x, out, len(x), is_dependent=is_dependent)
 
 
 # --- which build for which batch -------------------------------------------------------------------------------------
@@ -223,6 +229,10 @@ def shared_bytes(plan: Plan) -> int:
         return plan.split * max(ring, plan.row_tiles * plan.batch_tiles * 512)
     ring = plan.stages * (-(-plan.batch * 128 // 1024) * 1024)
     return max(ring, plan.batch * (plan.num_rows + 4) * 4)
+
+
+BARRIER_BYTES: Final = 1024
+"""Shared memory that a block of `linear_wgmma.cu` has beside that."""
 
 
 @functools.cache

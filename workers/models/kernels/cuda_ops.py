@@ -293,6 +293,7 @@ def decode_kernel(
     block_size: int,
     kv_int8: bool,
     is_fused: bool,
+    is_projection: bool = False,
 ) -> Kernel:
     defines: dict[str, int | str] = {
         "HEAD_DIM": head_dim,
@@ -306,6 +307,7 @@ def decode_kernel(
         "UNROLL": plan.unroll,
         "KV_INT8": int(kv_int8),
         "FUSED": int(is_fused),
+        "PROJECTION": int(is_projection),
     }
     return Kernel("attention_decode.cu", "attend_decode", "ppppppppppppppif", defines, plan.warps * 32)
 
@@ -346,12 +348,19 @@ def run_attend_decode(
     """out[B, H]: attention of one token of each sequence to its cache.
 
     With `rotary`, the input is the fused projection [B, 3H]: it is rotated here and the token's key and value are written
-    to the cache at `slots`. Without, it is the rotated q [B, H] and the cache holds the token.
+    to the cache at `slots`. Without, it is q [B, H] or the fused projection, rotated, and the cache holds the token.
     """
     num_kv_heads, block_size, head_dim = cache.keys.shape[1:]
     num_heads = out.shape[1] // head_dim
     kernel = decode_kernel(
-        plan, head_dim, num_heads, num_kv_heads, block_size, cache.is_int8, rotary is not None
+        plan,
+        head_dim,
+        num_heads,
+        num_kv_heads,
+        block_size,
+        cache.is_int8,
+        rotary is not None,
+        q_or_qkv.numel() > out.numel(),
     )
     cos, sin = rotary if rotary is not None else (None, None)
     kernel.launch(

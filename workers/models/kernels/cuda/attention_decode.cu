@@ -3,9 +3,9 @@
 // running maximum and sum of its own, so that nothing is shared until the end.
 //
 // FUSED: the input is the fused projection; this kernel rotates q and k, attends, and writes the new key and value to the
-// cache. Otherwise q is rotated and the cache already holds the token.
+// cache. Otherwise q is rotated and the cache already holds the token; PROJECTION: q is still within the fused projection.
 //
-// Given at compile time: HEAD_DIM, NUM_HEADS, NUM_KV_HEADS (heads that share keys are neighbours), BLOCK_SIZE, MAX_BLOCKS, PARTS, PART_KEYS, WARPS, UNROLL, KV_INT8, FUSED.
+// Given at compile time: HEAD_DIM, NUM_HEADS, NUM_KV_HEADS (heads that share keys are neighbours), BLOCK_SIZE, MAX_BLOCKS, PARTS, PART_KEYS, WARPS, UNROLL, KV_INT8, FUSED, PROJECTION.
 #include "device.cuh"
 #include "rotary.cuh"
 
@@ -263,7 +263,7 @@ attend_decode(const u16* input, const float* __restrict__ cos_table, const float
     }
 #else
     for (int d = threadIdx.x; d < HEAD_DIM; d += WARPS * WARP)
-        query[d] = to_float(input[(i64)row * WIDTH + head * HEAD_DIM + d]);
+        query[d] = to_float(input[((i64)row * NUM_HEADS + head) * (PROJECTION ? 3 : 1) * HEAD_DIM + d]);
 #endif
     __syncthreads();
 

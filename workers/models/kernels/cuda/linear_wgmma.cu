@@ -1,9 +1,10 @@
 // y[M, N] = x[M, K] W[N, K]^T * scale + bias for a batch of 9 to 128 rows on Hopper: each int4 or int8 weight is read once,
 // widened to fp16 in registers and fed to wgmma from there, with the batch as the narrow side.
 //
-// A block of GROUPS warpgroups owns 64 * GROUPS * TALL output rows and the whole batch (the more rows, the less often the
-// activations come from the L2, whose bandwidth is the limit here); a cluster of SPLIT blocks shares K and adds
-// up through distributed shared memory, in a fixed order. Activations go through a ring of stages of 64 k.
+// A block of GROUPS warpgroups owns 64 * GROUPS * TALL output rows and the whole batch; a cluster of SPLIT blocks shares K and
+// adds up through distributed shared memory, in a fixed order. Activations go through a ring of stages of 64 k, which the
+// copy engine fills: written by the threads themselves, each stage would need a fence that also waits for the weights on
+// their way.
 //
 // Given at compile time: N, K, FORMAT, BATCH, GROUPS, TALL, SPLIT, PREFETCH, STAGES, MIN_BLOCKS, BIAS, GELU.
 #include "device.cuh"
@@ -35,12 +36,39 @@ DEVICE void weight_fragment(const uint4 (&w)[VECTORS], int s, u32 (&a)[4]) {
     }
 }
 
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
+DEVICE void barrier_init(u32 barrier) { asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory"); }
+
+// The copy engine fills a stage with 64 k of all rows from `column` on, swizzled, and then completes the barrier's phase.
+DEVICE void fetch_tile(const TensorMap& map, u32 stage, u32 barrier, int column) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(BATCH * 128) : "memory");
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+                     "r"(stage), "l"(&map), "r"(column), "r"(0), "r"(barrier)
+                 : "memory");
+}
+
+DEVICE void barrier_wait(u32 barrier, int phase) {
+    asm volatile("{ .reg .pred done;\n"
+                 "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+                 "@!done bra again; }" ::"r"(barrier), "r"(phase)
+                 : "memory");
+}
+
 DEVICE void cluster_sync() {
     if constexpr (SPLIT == 1) {
         __syncthreads();
     } else {
         asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
     }
+}
+
+// No block may leave while another still reads its sums; nothing has to become visible.
+DEVICE void cluster_leave() {
+    if constexpr (SPLIT > 1)
+        asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::: "memory");
 }
 
 DEVICE float4 load_from_block(u32 shared, int rank) {
@@ -56,9 +84,10 @@ DEVICE float4 load_from_block(u32 shared, int rank) {
 }
 
 extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, MIN_BLOCKS)
-linear(const u8* __restrict__ weights, const float* __restrict__ scales, const u16* __restrict__ bias, const u16* x,
-       u16* y, int num_rows) {
+linear(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, const float* __restrict__ scales,
+       const u16* __restrict__ bias, u16* y, int num_rows) {
     extern __shared__ __align__(1024) u8 shared[];
+    __shared__ u64 filled[STAGES];
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
     const int first_chunk = blockIdx.x * STEPS;
@@ -78,24 +107,19 @@ linear(const u8* __restrict__ weights, const float* __restrict__ scales, const u
     for (int p = 0; p < PREFETCH; p++) {
         if (p < STEPS) fetch_weights(p, buffer[p]);
     }
+
+    const u32 ring = shared_address(shared), barriers = shared_address(filled);
+    const auto fetch_batch = [&](int step) {
+        if (step < STEPS && threadIdx.x == 0)
+            fetch_tile(x, ring + step % STAGES * STAGE_BYTES, barriers + step % STAGES * 8, (first_chunk + step) * CHUNK);
+    };
+    if (threadIdx.x == 0) {
+#pragma unroll
+        for (int s = 0; s < STAGES; s++) barrier_init(barriers + s * 8);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
     allow_next_kernel();
     wait_for_previous_kernel();
-
-    const u32 ring = shared_address(shared);
-    const auto fetch_batch = [&](int step) {
-        if (step < STEPS) {
-            const u32 stage = ring + step % STAGES * STAGE_BYTES;
-#pragma unroll
-            for (int i = 0; i < (BATCH * 8 + THREADS - 1) / THREADS; i++) {
-                const int piece = i * THREADS + threadIdx.x;
-                const int row = piece / 8, column = piece % 8;
-                if (row < num_rows)
-                    copy_async_16(stage + row * 128 + (column ^ (row & 7)) * 16,
-                                  x + (i64)row * K + (first_chunk + step) * CHUNK + column * 8);
-            }
-        }
-        copy_async_commit();
-    };
 #pragma unroll
     for (int s = 0; s < AHEAD; s++) fetch_batch(s);
 
@@ -106,11 +130,10 @@ linear(const u8* __restrict__ weights, const float* __restrict__ scales, const u
         for (int p = 0; p < PREFETCH; p++) {
             const int step = base + p;
             if (STEPS % PREFETCH != 0 && step >= STEPS) break;
-            copy_async_wait<AHEAD - 1>();
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            __syncthreads();
             // Every warp has left stage step - 2: two groups of products later it waited for them.
+            __syncthreads();
             fetch_batch(step + AHEAD);
+            barrier_wait(barriers + step % STAGES * 8, step / STAGES & 1);
             const u32 stage = ring + step % STAGES * STAGE_BYTES;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -131,7 +154,6 @@ linear(const u8* __restrict__ weights, const float* __restrict__ scales, const u
         }
     }
     wgmma_wait<0>();
-    copy_async_wait<0>();
     __syncthreads();
 
     // Sums as [batch row][output row], then each block of the cluster adds up and writes every SPLIT-th batch row.
@@ -168,5 +190,5 @@ linear(const u8* __restrict__ weights, const float* __restrict__ scales, const u
         *reinterpret_cast<uint2*>(y + (i64)batch_row * N + out_row) =
             make_uint2(to_half2(sum.x, sum.y), to_half2(sum.z, sum.w));
     }
-    cluster_sync();
+    cluster_leave();
 }
