@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # More threads spin while they wait, and starve the workers.
     torch.set_num_threads(1)
     undisturbed = Undisturbed(ROOT / "workers" / "models" / "demo", context_len=CONTEXT_LEN)
-    workload_size = min(args.requests, 300)
+    workload_size = max(min(args.requests // 5, 200), 40)
     answers = undisturbed.answers(Workload(seed, pool_size=workload_size).pool)
     lens = sorted(len(answer.ids) for answer in answers)
     say(

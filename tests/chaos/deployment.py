@@ -240,6 +240,8 @@ async def deployment(
     folder.mkdir(parents=True, exist_ok=True)
     server = server or Server(folder / "server", binary)
     try:
+        # Everything is judged at the end.
+        settings = {"retention_seconds": 4 * 3600, **settings}
         known = Settings(redis_url=redis_url or server.url, state_dir=folder, **settings)
         workers = {
             name: Worker(

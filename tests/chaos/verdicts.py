@@ -18,10 +18,11 @@ from producer.contract import (
     decode_event,
     decode_request,
 )
-from producer.contract.conversation import ArchivedTurn
+from producer.contract.conversation import ArchivedTurn, PromptMemory
 from producer.contract.keys import Keys, conversation_name
 from tests.chaos.readers import Stream
 from tests.chaos.undisturbed import Answer, Difference, Undisturbed
+from workers.memory import history
 from workers.prompts import Prompt
 
 
@@ -79,7 +80,10 @@ def judge(streams: Sequence[Stream], kept: Kept, undisturbed: Undisturbed) -> li
             continue
         if isinstance(request, ChatRequest) and request.conversation_id is not None:
             turns = talks.setdefault(request.conversation_id, [])
-            plain.append((verdict, undisturbed.prompts.chat(request, tuple(turns))))
+            memory = PromptMemory.model_validate_json(kept.field(verdict.stream.request_id, "memory") or "{}")
+            if memory.num_turns != len(turns):
+                verdict.lost.append(f"it knew of {memory.num_turns} turns, {len(turns)} were answered before")
+            plain.append((verdict, undisturbed.prompts.chat(request, history(memory, turns[memory.first :]))))
             if end.reason != "cancelled":
                 turns.append(Turn(request.query, end.text))
         elif isinstance(request, SummaryRequest) and undisturbed.pieces_of(request):
