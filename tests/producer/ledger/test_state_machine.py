@@ -10,6 +10,7 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -17,17 +18,34 @@ import redis
 from hypothesis.stateful import run_state_machine_as_test
 
 from producer.contract.keys import Keys
-from producer.ledger import connect
+from producer.ledger import connect, scripts
 
 pytest.register_assert_rewrite("tests.producer.ledger.model_check")
 
 from tests.producer.ledger.model_check.machine import LedgerMachine  # noqa: E402
+from tests.producer.ledger.model_check.mutants import MUTANTS  # noqa: E402
 from tests.producer.ledger.model_check.server import Substitution  # noqa: E402
 
 NUM_STEPS = int(os.environ.get("GLMQ_MODEL_CHECK_STEPS", "20000"))
 SEED = os.environ.get("GLMQ_MODEL_CHECK_SEED", "5")
 STEPS_A_RUN = 120
 RUNS_A_ROUND = 20
+MAX_MUTANT_STEPS = 6_000
+HAPPENS = (
+    "continuation",
+    "doubled call",
+    "document back from its pieces",
+    "emission: FENCED",
+    "emission: CANCEL_ASKED",
+    "emission: ALREADY_WRITTEN",
+    "fold: True",
+    "lose: ended",
+    "retry: None",
+    "stream read to its end",
+    "submit: QueueFull",
+    "submit: ConversationBusy",
+)
+"""Of the tally: what must happen often if the machine is to be of use."""
 
 
 @pytest.fixture
@@ -78,3 +96,19 @@ def test_no_interleaving_of_calls_breaks_the_ledger(connection: redis.Redis, key
     for name, number in sorted(tally.items()):
         print(f"{number:8} {name}")
     assert tally["step"] >= NUM_STEPS
+    rare = {name: tally[name] for name in HAPPENS if tally[name] < NUM_STEPS / 2_000}
+    assert not rare, "the machine hardly looks where things go wrong any more"
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_ledger_that_is_broken_on_purpose_is_found_out(
+    connection: redis.Redis, keys: Keys, name: str
+) -> None:
+    with pytest.raises((AssertionError, redis.ResponseError)):
+        run(connection, keys, 5, MAX_MUTANT_STEPS, (MUTANTS[name],), shrinks=False)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_each_broken_ledger_has_one_text_of_the_real_one_replaced(name: str) -> None:
+    sources = [path.read_text(encoding="utf-8") for path in Path(scripts.__file__).parent.glob("*.lua")]
+    assert sum(source.count(MUTANTS[name].old) for source in sources) == 1

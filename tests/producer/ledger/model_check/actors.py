@@ -110,3 +110,7 @@ class Reader:
             for cursor in self.cursors.values():
                 cursor.interrupted()
         self.is_deaf = False
+
+    def leave(self, request_id: str) -> None:
+        self.cursors.pop(request_id, None)
+        self.seen.pop(request_id, None)

@@ -66,14 +66,14 @@ def check_counts(snapshot: Snapshot) -> None:
             _, priority, rest = name.split(":", 2)
             model, tenant = rest.split("|")
             of = (priority, model, tenant)
-            own = [
+            ids = [
                 request_id
                 for request_id, fields in queued.items()
                 if (fields["priority"], fields["model"], fields["tenant"]) == of
             ]
             assert members == {
                 request_id: snapshot.members(f"queue:{model}")[request_id] - int(priority) * PRIORITY_SPAN
-                for request_id in own
+                for request_id in ids
             }, name
     assert snapshot.members("deadlines") == {
         request_id: int(fields["deadline"]) for request_id, fields in queued.items() if "deadline" in fields
@@ -83,15 +83,12 @@ def check_counts(snapshot: Snapshot) -> None:
         assert request_id in snapshot.members(name), f"{request_id} is not in {name}"
     for name, load in snapshot.hashes.items():
         if name.startswith("load:"):
-            for priority in range(10):
-                counted = sum(
-                    int(f["tokens"])
-                    for f in queued.values()
-                    if f["model"] == name.removeprefix("load:") and int(f["priority"]) == priority
-                )
-                assert int(load.get(f"tokens:{priority}", 0)) == counted, (
-                    f"{name}, priority {priority}: {load}"
-                )
+            own = [f for f in queued.values() if f["model"] == name.removeprefix("load:")]
+            tokens = {number: int(load.get(f"tokens:{number}", 0)) for number in range(10)}
+            assert tokens == {
+                number: sum(int(f["tokens"]) for f in own if int(f["priority"]) == number)
+                for number in range(10)
+            }
     for tenant in {fields["tenant"] for fields in (*queued.values(), *running)}:
         assert any(name.endswith(f"|{tenant}") for name in snapshot.hashes), f"nothing is known of {tenant}"
     for name, usage in snapshot.hashes.items():

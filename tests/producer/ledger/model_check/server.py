@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -95,7 +95,7 @@ class ControlledServer:
 
     def snapshot(self, names: Iterable[str] = ()) -> Snapshot:
         """These keys, or all that there are."""
-        sha, source = _compiled((_FOLDER / "snapshot.lua").read_text(encoding="utf-8"))
+        sha, source = _own_script("snapshot")
         found, expiries, published = self._evaluate(sha, source, *names)
         snapshot = Snapshot(
             self.now_ms,
@@ -108,6 +108,14 @@ class ControlledServer:
         for name, kind, content in found:
             place_content(snapshot, name, kind, content)
         return snapshot
+
+    def save(self) -> None:
+        """The disk has everything until now."""
+        self._evaluate(*_own_script("backup"), "save")
+
+    def restore(self) -> None:
+        """The server has died, and come back with what the disk has. The time goes on."""
+        self._evaluate(*_own_script("backup"), "restore")
 
     def clear(self) -> None:
         """Delete everything of this namespace."""
@@ -168,6 +176,11 @@ def mutated(name: str, substitutions: tuple[Substitution, ...]) -> tuple[str, st
     for substitution in substitutions:
         source = source.replace(*substitution)
     return _compiled(source)
+
+
+@cache
+def _own_script(name: str) -> tuple[str, str]:
+    return _compiled((_FOLDER / f"{name}.lua").read_text(encoding="utf-8"))
 
 
 @lru_cache(maxsize=256)
