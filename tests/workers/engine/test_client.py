@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.poisoned_engine import Poison
 from workers.engine.client import EngineClient, EngineDied, _pin_device
 from workers.engine.config import EngineConfig
 from workers.engine.messages import Abort, Generate, Refused, Sampling, Step
@@ -192,6 +193,24 @@ def test_a_step_that_fails_ends_the_engine_with_its_reason(config, prompt_ids, t
     client.send(Generate(1, prompt_ids, greedy(5)))
     with pytest.raises(EngineDied, match="RuntimeError: the device is lost"):
         client.receive(10)
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("poison", "prefilling"), [(Poison.CRASH_IN_PREFILL, {2}), (Poison.CRASH_IN_DECODE, set())]
+)
+def test_a_dead_engine_tells_over_which_prefill_it_died(config, prompt_ids, poison, prefilling):
+    client = EngineClient(config, module="tests.poisoned_engine")
+    client.wait_until_ready(START_SECONDS)
+    client.send(Generate(1, prompt_ids, greedy(100)))
+    assert isinstance(client.receive(10), Step)
+    assert client.prefilling == set()
+    client.send(Generate(2, prompt_ids, Sampling(max_new_tokens=9, seed=poison)))
+    with pytest.raises(EngineDied, match="signal 11") as raised:
+        for _ in client.messages():
+            pass
+    assert raised.value.prefilling == prefilling
+    assert not raised.value.is_killed
     client.close()
 
 
