@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
+from typing import Final
 
 from producer.contract import Failed, RedisUnavailable, Request
 from tests.chaos.readers import Readers, Stream
 from tests.chaos.workload import Talk, Workload
+
+
+MAX_OPEN: Final = 32
+"""Requests in progress beyond which a paced load waits: the suite is about deaths, and a machine that cannot keep up shows only its slowness."""
 
 
 class Load:
@@ -20,6 +25,7 @@ class Load:
         self._rng = random.Random(f"{seed}:load")
         self._is_stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._paced: list[asyncio.Task[None]] = []
 
     def start(self, *, concurrency: int) -> None:
         """So many requests at a time: the next one when one has ended."""
@@ -27,7 +33,8 @@ class Load:
 
     def start_paced(self, *, number: int, per_second: float) -> None:
         """So many requests, at random instants, however long they take."""
-        self._tasks.append(asyncio.create_task(self._ask_paced(number, per_second)))
+        self._paced.append(asyncio.create_task(self._ask_paced(number, per_second)))
+        self._tasks += self._paced
 
     def start_talks(self, number: int, num_turns: int = 5) -> None:
         """Conversations, each question when the one before is answered."""
@@ -45,9 +52,9 @@ class Load:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def done(self) -> None:
-        """Until everything that is paced or has an end has been asked."""
-        await asyncio.gather(*self._tasks)
+    async def all_asked(self) -> None:
+        """Until everything that is paced has been asked."""
+        await asyncio.gather(*self._paced)
 
     async def submit(self, request: Request) -> Stream:
         key = uuid.UUID(int=self._rng.getrandbits(128)).hex
@@ -68,6 +75,8 @@ class Load:
                 return
             await self.submit(self.workload.next())
             await asyncio.sleep(self._rng.expovariate(per_second))
+            while self.readers.num_waiting >= MAX_OPEN and not self._is_stopping.is_set():
+                await asyncio.sleep(0.05)
 
     async def _hold(self, talk: Talk) -> None:
         for question in talk.questions:

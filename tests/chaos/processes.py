@@ -66,7 +66,7 @@ async def kills(suite: Suite) -> list[Row]:
                     f"{done + 1} kills, {num_over} of {len(battle.readers.streams)} answers, {time.monotonic() - begin:.0f} s"
                 )
         await special
-        await battle.load.done()
+        await battle.load.all_asked()
         found = await battle.verdicts()
         restarts = [seconds for worker in battle.workers for seconds in worker.restart_seconds]
         found[0].notes.append(f"a worker's restart took {min(restarts):.1f} to {max(restarts):.1f} s")

@@ -179,16 +179,25 @@ class Readers:
             kept = []
         stream.heard[:] = kept
 
-    async def wait(self, seconds: float) -> None:
-        """Until every stream has ended, at most so long; whoever still waits then has lost its answer."""
-        deadline = time.monotonic() + seconds
-        for stream in list(self.streams):
-            left = deadline - time.monotonic()
-            if not stream.is_over.is_set() and left > 0:
-                try:
-                    await asyncio.wait_for(stream.is_over.wait(), left)
-                except TimeoutError:
-                    break
+    async def wait(self, patience: float) -> None:
+        """Until every stream has ended, or for so many seconds nobody has heard anything: who still waits then has lost its answer."""
+        waiting, heard, since = self._waiting(), self._num_heard(), time.monotonic()
+        while waiting and time.monotonic() - since < patience:
+            await asyncio.sleep(0.1)
+            waiting = [stream for stream in waiting if not stream.is_over.is_set()]
+            if (now := self._num_heard()) != heard:
+                heard, since = now, time.monotonic()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not ended."""
+        return len(self._waiting())
+
+    def _waiting(self) -> list[Stream]:
+        return [stream for stream in self.streams if not stream.is_over.is_set()]
+
+    def _num_heard(self) -> int:
+        return sum(len(stream.heard) for stream in self.streams)
 
     def live(self, worker_ids: set[str] | None = None) -> list[Stream]:
         """Streams in the middle of an answer (by these workers)."""
