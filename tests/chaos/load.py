@@ -11,7 +11,6 @@ from producer.contract import Failed, RedisUnavailable, Request
 from tests.chaos.readers import Readers, Stream
 from tests.chaos.workload import Talk, Workload
 
-
 MAX_OPEN: Final = 32
 """Requests in progress beyond which a paced load waits: the suite is about deaths, and a machine that cannot keep up shows only its slowness."""
 
