@@ -56,6 +56,7 @@ def candidates(weight_format: str, rows: int, in_features: int) -> list[Plan]:
                 and shared_bytes(plan) <= MAX_SHARED_BYTES
                 and (tiles == 1 or row_tiles > 1)
                 and (tiles <= 2 or (split <= 8 and prefetch <= 4))
+                and (tiles <= 3 or (row_tiles == 2 and prefetch > 2 - split // 8))
                 and (stages == 4 or (tiles > 2))
             ):
                 plans.append(plan)
@@ -64,7 +65,7 @@ def candidates(weight_format: str, rows: int, in_features: int) -> list[Plan]:
     if weight_format in ("INT4", "INT8") and rows > 4:
         batch = next(size for size in (8, 16, 24, 32, 48, 64, 96, 128) if size >= rows)
         for (groups, tall), split, prefetch, stages in itertools.product(
-            ((2, 1), (2, 2), (3, 1), (4, 1), (4, 2)), (1, 2, 4, 8), (2, 4), (4, 6)
+            ((2, 1), (2, 2), (3, 1), (4, 1), (4, 2)), (1, 2, 4, 8), (4,), (4, 6)
         ):
             registers = batch * tall // 2 + tall * (16 + 4 * prefetch) + 40
             plan = GroupPlan(batch, tall, split, prefetch, stages, 1, groups)

@@ -201,8 +201,9 @@ def test_many_adapters_together_say_what_each_says_alone(new_engine, folders, we
         assert alone.add(message) is None
         run(alone, separate)
     answers, _ = run(together)
-    # Sums are made in another order for other batch sizes, so that a close call may fall the other way.
-    assert share_equal(answers, separate) > 0.7
+    # Sums are made in another order for other batch sizes, so that a close call may fall the other way. With e4m3 weights a
+    # large batch has e4m3 activations as well, which is another result.
+    assert share_equal(answers, separate) > (0.3 if weights == "fp8" else 0.7)
     by_adapter = [{index: answers[index + 12 * number] for index in range(12)} for number in range(4)]
     for number in range(3):
         assert share_equal(by_adapter[number], by_adapter[number + 1]) < 0.2

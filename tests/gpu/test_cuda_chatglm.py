@@ -258,3 +258,41 @@ def test_prefill_and_decode_agree_with_the_float32_network(
     for step, logits in enumerate(found):
         tolerance_here = tolerance + (5e-3 if kv == "int8" and step else 0)
         assert relative_error(logits, expected[ends - len(found) + step]) < tolerance_here
+
+
+@pytest.mark.parametrize("kv", ["fp16", "int8"])
+@torch.inference_mode()
+def test_rows_of_one_sequence_give_what_one_after_another_gives(kv: str) -> None:
+    from workers.models.cuda_chatglm import ChatGLMWeights, CudaChatGLM, DecodeInputs
+
+    model = CudaChatGLM(CONFIG, ChatGLMWeights.from_model(half_model(CONFIG), "int8"))
+    prompts = random_prompts(CONFIG, [20, 33])
+    batch, layouts = pack(prompts, CONFIG)
+    following = torch.randint(900, (2, 5)).tolist()
+
+    cache = empty_cache(CONFIG, 40, kv)
+    model(batch, cache)
+    expected = []
+    for step in range(5):
+        lens = [len(prompt) + step + 1 for prompt in prompts]
+        expected.append(model(decode_batch([ids[step] for ids in following], lens, layouts), cache))
+
+    cache = empty_cache(CONFIG, 40, kv)
+    model(batch, cache)
+    steps = [
+        decode_batch(
+            [ids[step] for ids in following], [len(prompt) + step + 1 for prompt in prompts], layouts
+        )
+        for step in range(5)
+    ]
+    together = DecodeInputs(
+        torch.cat([one.token_ids for one in steps]),
+        None,
+        torch.cat([one.positions for one in steps], dim=1).contiguous(),
+        torch.cat([one.slots for one in steps]),
+        torch.cat([one.kv_lens for one in steps]),
+        torch.cat([one.block_tables for one in steps]).contiguous(),
+        shares_sequences=True,
+    )
+    found = model.decode(together, cache)
+    assert relative_error(found, torch.cat(expected)) < 3e-3

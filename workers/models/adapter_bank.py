@@ -80,10 +80,11 @@ class AdapterBank:
                 "Lower --max-adapters or --cache-gib",
             ) from error
 
+    @torch.no_grad()
     def clear(self, slot: int) -> None:
         """Empties a slot. Its memory stays, for the next one."""
         for layer in self._layers.values():
-            layer.ranks[slot] = 0
+            layer.clear(slot)
 
     def _install(self, path: str) -> LoraLinear:
         """Puts a layer that can have adapters into this one's place."""
@@ -154,6 +155,14 @@ class LoraLinear(nn.Module):
             stack[: factors.rank].copy_(values)
             stack[factors.rank :].zero_()
         self.ranks[slot] = factors.rank
+
+    def clear(self, slot: int) -> None:
+        """Nothing is in the slot any more. Its factors become zeros: the next adapter may have none for this layer, and a
+        graph multiplies with what is there."""
+        rank, self.ranks[slot] = self.ranks[slot], 0
+        for stack in (self.a, self.b):
+            if rank and stack is not None:
+                stack[slot, :rank].zero_()
 
     def _grown(self, stack: torch.Tensor | None, rank: int, width: int) -> torch.Tensor:
         grown = _zeros((len(self.ranks), rank, width), self._bank.dtype, self._bank.device)

@@ -146,6 +146,20 @@ def test_a_slot_has_nothing_left_of_who_was_there_before(bank, model, adapter, l
     torch.testing.assert_close(logits_of(model, [1, 1, 1, 1]), logits_of(new_model(), None), atol=0, rtol=0)
 
 
+def test_a_slot_is_zero_in_layers_that_its_new_adapter_leaves_alone(bank, model, adapter):
+    bank.load(1, adapter(1, targets=TARGETS))
+    bank.load(1, adapter(2, targets=TARGETS[:1]))
+    x = torch.randn(5, 32)
+    slots = torch.ones(5, dtype=torch.int64)
+    for path, (out_features, in_features) in bank.shapes.items():
+        layer = bank.stack(path)
+        if layer is None or in_features != 32:
+            continue
+        # As a graph on a GPU adds them: without a look at who has which ranks.
+        masked = MaskedRows(slots, 3).add(torch.zeros(5, out_features), x, layer.a, layer.b, [])
+        assert masked.any() == path.endswith(TARGETS[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_near_float32(adapter, logits_of, dtype):
     model = new_model(dtype)

@@ -28,6 +28,8 @@ _STRUCT_CODES: Final = {"p": "P", "i": "i", "l": "q", "f": "f", "m": "128s"}
 _PARAM_BUFFER_POINTER, _PARAM_BUFFER_SIZE, _PARAM_END = 1, 2, 0
 _PROGRAMMATIC_STREAM_SERIALIZATION: Final = 6
 _MAX_DYNAMIC_SHARED_SIZE_BYTES: Final = 8
+_UNASKED_SHARED_BYTES: Final = 40 * 1024
+"""A block may have 48 KiB, static and dynamic together, without being allowed to."""
 
 
 class CudaUnavailableError(RuntimeError):
@@ -197,7 +199,7 @@ class Kernel:
                 _check(driver.cuModuleLoadData(ctypes.byref(module), cubin), self.source)
                 name = self.function.encode()
                 _check(driver.cuModuleGetFunction(ctypes.byref(handle), module, name), self.function)
-                if self.shared_bytes > 48 * 1024:
+                if self.shared_bytes > _UNASKED_SHARED_BYTES:
                     code = driver.cuFuncSetAttribute(
                         handle, _MAX_DYNAMIC_SHARED_SIZE_BYTES, self.shared_bytes
                     )
