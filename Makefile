@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up check format test chaos test-metrics bench lock clean
+.PHONY: help setup demo up check format test model-check chaos test-metrics bench lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -46,6 +46,10 @@ format: setup  ## Format and fix what can be fixed
 
 test: setup  ## The whole suite, with real servers and processes; two at a time, a file's tests together
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+model-check: setup  ## The ledger's scripts against their model, from a new beginning each time: make model-check STEPS=100000
+	GLMQ_MODEL_CHECK_STEPS=$(or $(STEPS),100000) GLMQ_MODEL_CHECK_SEED=$(or $(SEED),random) \
+	  $(BIN)/pytest -s -k interleaving tests/producer/ledger/test_state_machine.py
 
 chaos: setup  ## Workers, engines and Redis die at random instants while thousands of requests come in: make chaos ARGS="--kills 20 --requests 330"
 	$(BIN)/python -m tests.chaos $(ARGS)

@@ -203,7 +203,7 @@ class Clients(Deployment):
             )
         )
 
-    @act(2, when=lambda self: self.model.in_state("dead"))
+    @act(6, when=lambda self: self.model.in_state("dead"))
     def retry_dead(self, which: int, option: int, is_lost: bool) -> None:
         request_id = pick(which, self.model.in_state("dead")).id
         self.perform(

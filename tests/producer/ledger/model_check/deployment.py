@@ -69,8 +69,6 @@ class Deployment:
         self.readers = {name: Reader(name) for name in READERS}
         self.sent: deque[Operation] = deque(maxlen=30)
         """Calls that may arrive once more."""
-        self.saved: Model | None = None
-        """As everything was when it was last written to the disk."""
         self.has_lost_writes = False
         self.num_ids = 0
 

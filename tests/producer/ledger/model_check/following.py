@@ -79,7 +79,8 @@ class Readers(Deployment):
         """All requests have ended: whoever follows one has had every event, in order, each once."""
         for reader in self.readers.values():
             reader.hears_again()
-            self.read(reader, [each for each, cursor in reader.cursors.items() if cursor.wants_read])
+            # After a second without a push a reader looks: an `unfollow` of before may have come late, and taken it off.
+            self.read(reader, [each for each, cursor in reader.cursors.items() if not cursor.is_done])
             for request_id, seen in reader.seen.items():
                 assert reader.cursors[request_id].is_done, f"{reader.name} waits for the end of {request_id}"
                 stream = self.server.snapshot([f"events:{request_id}"]).streams[request_id]

@@ -20,6 +20,7 @@ from tests.producer.ledger.model_check.agreement import check_nothing_is_left
 from tests.producer.ledger.model_check.clients import Clients
 from tests.producer.ledger.model_check.deployment import CONVERSATION_SECONDS, TENANTS, act, pick
 from tests.producer.ledger.model_check.following import Readers
+from tests.producer.ledger.model_check.model import Model
 from tests.producer.ledger.model_check.working import LEASE_SECONDS, Workers
 
 FULL_CHECK_STEPS: Final = 12
@@ -37,15 +38,20 @@ class LedgerMachine(Clients, Readers, Workers, RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.num_steps = 0
+        self.server_is_mortal = False
+        self.saved: Model | None = None
+        """As everything was when it was last written to the disk."""
+        self.dies_at = -1
         self.is_broken = False
         self.acts: list[tuple[str, int, Callable[[Any], object]]] = []
         for name in dir(type(self)):
             if (marked := getattr(getattr(type(self), name), "act", None)) is not None:
                 self.acts.append((name, *marked))
 
-    @initialize(number=st.integers(0, 6))
-    def submit_some(self, number: int) -> None:
-        """So that there is something to do from the beginning."""
+    @initialize(number=st.integers(0, 6), server_is_mortal=st.sampled_from((False, False, False, True)))
+    def begin(self, number: int, server_is_mortal: bool) -> None:
+        """With some requests, so that there is something to do; in some runs the server may come back without its last writes."""
+        self.server_is_mortal = server_is_mortal
         for i in range(number):
             request: Request = ChatRequest(query="q", tenant=pick(i, TENANTS))
             if i % 3 == 1:
@@ -68,6 +74,8 @@ class LedgerMachine(Clients, Readers, Workers, RuleBasedStateMachine):
         try:
             getattr(self, name)(which, option, is_lost)
             self.num_steps += 1
+            if self.num_steps == self.dies_at:
+                self.lose_last_writes()
             if self.num_steps % FULL_CHECK_STEPS == 0:
                 self.check()
         except BaseException:
@@ -79,14 +87,15 @@ class LedgerMachine(Clients, Readers, Workers, RuleBasedStateMachine):
     def time_passes(self, which: int, option: int, is_lost: bool) -> None:
         self.server.advance(pick(option, (1, 100, 900, 900, 2_100, 2_100, 5_000, 5_000, 11_000, 61_000)))
 
-    @act(1)
-    def everything_is_written_to_disk(self, which: int, option: int, is_lost: bool) -> None:
+    @act(6, when=lambda self: self.server_is_mortal)
+    def disk_falls_behind(self, which: int, option: int, is_lost: bool) -> None:
+        """What is written in the next few steps never reaches the disk: then the server dies."""
         self.server.save()
         self.saved = copy.deepcopy(self.model)
+        self.dies_at = self.num_steps + option % 4 + 2
 
-    @act(1, when=lambda self: self.saved is not None)
-    def last_writes_are_lost(self, which: int, option: int, is_lost: bool) -> None:
-        """The server dies, and comes back as it was. Workers and clients remember more than it does."""
+    def lose_last_writes(self) -> None:
+        """The server comes back as it was. Workers and clients remember more than it does."""
         assert self.saved is not None
         self.server.restore()
         self.model = copy.deepcopy(self.saved)

@@ -24,6 +24,9 @@ MUTANTS: Final = {
         "elseif fields[1] ~= 'running' or (worker ~= '' and fields[4] ~= worker) then",
         "elseif false then",
     ),
+    "a claim that the server lost can be made by two": Substitution(
+        "or (worker ~= '' and fields[8] ~= worker) then", "then"
+    ),
     # Streams.
     "a token that was written before is written again": Substitution(
         "elseif tonumber(index) <= tonumber(count) then", "elseif tonumber(index) < tonumber(count) then"
@@ -33,6 +36,12 @@ MUTANTS: Final = {
     ),
     "a push does not name the entry before it": Substitution(
         "lines[#lines + 1] = id .. '\\t' .. previous ..", "lines[#lines + 1] = id .. '\\t' .. entry .."
+    ),
+    "an end is written although tokens are missing": Substitution(
+        "elseif count ~= '' and fields[5] ~= count then", "elseif false then"
+    ),
+    "a dead letter that is queued again keeps its end": Substitution(
+        "if ended then\n  redis.call('XDEL'", "if false then\n  redis.call('XDEL'"
     ),
     # Leases and the queue.
     "a lease outlives its request's run": Substitution(
@@ -65,6 +74,16 @@ MUTANTS: Final = {
     "tokens that left the queue are still counted": Substitution(
         "  redis.call('HINCRBY', usage, 'queued_tokens', -tokens)\n", ""
     ),
+    "tenants have no limit": Substitution(
+        "local limit, running = settings.max_running or max_running,", "local limit, running = 0,"
+    ),
+    "nothing that waits long is ever brought forward": Substitution(
+        "ageing_claims > 0 and num_claims >= ageing_claims then", "false then"
+    ),
+    "whoever was away has saved up time": Substitution("time = math.max(time, least_time(model))\n", "\n"),
+    "what waits beyond its deadline is begun": Substitution(
+        "  if fields[1] == 'queued' then\n      count_rejected", "  if false then\n      count_rejected"
+    ),
     # Conversations.
     "two answers at a time": Substitution(
         "  if is_live(busy) then\n    count_rejected(model", "  if false then\n    count_rejected(model"
@@ -77,6 +96,9 @@ MUTANTS: Final = {
     ),
     "a late fold replaces a newer summary": Substitution(
         "memory and memory.first == tonumber(fields[1] or 0) then", "memory then"
+    ),
+    "a conversation expires while an answer is in progress": Substitution(
+        "  redis.call('PERSIST', conversation_key(name))\n", ""
     ),
     # Documents.
     "a piece counts twice": Substitution(

@@ -90,7 +90,7 @@ class Workers(Deployment):
                     self.cut(held, option % 3 + 1, is_lost=False)
                     continue
                 if needs_memory(held):
-                    self.choose(held, option % 3 + 1)
+                    self.choose(held, option % 3 + 1, is_wrong=option // 9 % 4 == 0)
                 self.publish([held], option // 3 % 3, is_lost=False)
                 if held.request_id in worker.held and held.can_finish:
                     self.end(held, is_lost=False)
@@ -376,8 +376,8 @@ class Workers(Deployment):
         self.choose(
             pick(which, self.rememberable()),
             option % 3 + 1,
-            is_stubborn=option // 3 % 4 == 0,
-            is_wrong=option // 12 == 0,
+            is_stubborn=option // 3 % 2 == 0,
+            is_wrong=option // 6 % 2 == 0,
         )
 
     def choose(
