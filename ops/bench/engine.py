@@ -15,6 +15,7 @@ import datetime
 import gc
 import itertools
 import json
+import os
 import random
 import subprocess
 import time
@@ -45,7 +46,7 @@ CHATGLM_6B = ModelConfig(
     hidden_size=4096, inner_hidden_size=16384, num_layers=28, num_heads=32, vocab_size=130528
 )
 VOCABULARY = Vocabulary(first_id=0, end_id=130344, eos_id=130005, invalid_token=5)
-RESULTS = Path(__file__).parent / "results.jsonl"
+RESULTS = Path(os.environ.get("GLMQ_BENCH_RESULTS") or Path(__file__).parent / "results.jsonl")
 BLOCK_SIZE = 32
 MEASURED_READ_BYTES_PER_SECOND = {"NVIDIA H100 80GB HBM3": 3.03e12}
 
@@ -69,6 +70,9 @@ def read_bytes_per_second() -> float:
 
 
 def commit() -> str:
+    """Of the working tree; GLMQ_BENCH_COMMIT where that is a copy without its history."""
+    if given := os.environ.get("GLMQ_BENCH_COMMIT"):
+        return given
     found = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
@@ -271,6 +275,10 @@ def new_engine(
     return Engine(model, cast(Tokenizer, FullVocabulary()), config, random_adapters(model, num_adapters))
 
 
+Seq3 = tuple[int, int, int]
+"""Number of requests, tokens of a prompt, tokens of an answer."""
+
+
 class Watch:
     """Runs an engine's schedules, and keeps when the GPU began and ended each step, by its own clock."""
 
@@ -341,6 +349,25 @@ def run_requests(
     }
 
 
+def eager_tokens_per_s(requests: Seq3) -> float:
+    """What plain PyTorch makes of them: the same network in fp16, operator by operator, without a graph or kernels of ours. It
+    stands for the original code where that cannot run."""
+    count, prompt_len, answer_len = requests
+    with torch.device("cuda"):
+        model = ChatGLM(CHATGLM_6B).half()
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(float("layernorm" in name and name.endswith("weight")), 0.02)
+    engine = new_engine(
+        cast(CudaChatGLM, model),
+        "fp16",
+        num_seqs=count,
+        context_len=prompt_len + answer_len,
+        prefill_tokens=2048,
+    )
+    run_requests(engine, count, prompt_len, 4)
+    return run_requests(engine, count, prompt_len, answer_len)["tokens_per_s"]
+
+
 def use_plans(file: Path) -> None:
     """Puts these plans into the table of the linear kernels."""
     table: dict[Any, dict[int, Any]] = {}
@@ -369,6 +396,9 @@ def main() -> None:
     parser.add_argument(
         "--adapters", type=int, default=0, help="of rank 8, one for each sequence of --requests in turn"
     )
+    parser.add_argument(
+        "--eager", action="store_true", help="run --requests in plain PyTorch, too, as the reference"
+    )
     parser.add_argument("--profile", action="store_true", help="also print the time of each kernel")
     parser.add_argument("--no-record", action="store_true")
     arguments = parser.parse_args()
@@ -376,6 +406,13 @@ def main() -> None:
     for file in arguments.plans:
         use_plans(file)
     with torch.inference_mode():
+        eager: dict[str, float] = {}
+        for requests in arguments.requests if arguments.eager else []:
+            count, prompt_len, answer_len = map(int, requests.split("x"))
+            eager[requests] = eager_tokens_per_s((count, prompt_len, answer_len))
+            print(f"plain PyTorch, requests {requests}: {eager[requests]:9.1f} tok/s", flush=True)
+            gc.collect()
+            torch.cuda.empty_cache()
         for setting in arguments.weights:
             weights = ChatGLMWeights.random(CHATGLM_6B, setting, arguments.head)
             model = CudaChatGLM(CHATGLM_6B, weights)
@@ -414,6 +451,7 @@ def main() -> None:
                         case,
                         found["tokens_per_s"],
                         roof,
+                        eager.get(requests),
                         **{k: v for k, v in found.items() if k != "tokens_per_s"},
                     )
                 del engine

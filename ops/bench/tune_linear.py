@@ -125,7 +125,12 @@ def time_graph(run, repeats: int) -> float:
     return sorted(times)[len(times) // 2]
 
 
-KINDS = {"tall": ("query_key_value", "dense_h_to_4h"), "square": ("dense",), "wide": ("dense_4h_to_h",)}
+KINDS = {
+    "fused": ("query_key_value",),
+    "tall": ("dense_h_to_4h",),
+    "square": ("dense",),
+    "wide": ("dense_4h_to_h",),
+}
 
 
 def best_plans(results: list[dict]) -> list[dict]:

@@ -137,19 +137,29 @@ class Launch:
 
 # --- which build for which batch -------------------------------------------------------------------------------------
 
-Shape = Literal["tall", "square", "wide"]
+Shape = Literal["fused", "tall", "square", "wide"]
 
 # For batches up to so many rows, the fastest build measured on an H100 (ops/bench/tune_linear.py, LOG.md).
 _PLANS: Final[dict[tuple[Format, Shape], tuple[tuple[int, Plan], ...]]] = {
-    ("INT4", "tall"): (
+    ("INT4", "fused"): (
         (8, WarpPlan(1, 2, 8, 2)),
         (16, WarpPlan(2, 2, 8, 2)),
         (24, WarpPlan(3, 2, 4, 2)),
         (32, GroupPlan(32, 1, 2, 4, 4, 2)),
         (48, GroupPlan(48, 1, 2, 4, 6, 2)),
+        (64, GroupPlan(64, 1, 2, 4, 4, 1, 3)),
+        (96, GroupPlan(96, 1, 2, 4, 6, 1, 3)),
+        (128, GroupPlan(128, 1, 2, 4, 6, 1, 3)),
+    ),
+    ("INT4", "tall"): (
+        (8, WarpPlan(1, 2, 8, 2)),
+        (16, WarpPlan(2, 2, 8, 2)),
+        (24, WarpPlan(3, 2, 4, 2)),
+        (32, GroupPlan(32, 2, 2, 4, 6, 1)),
+        (48, GroupPlan(48, 1, 2, 4, 6, 2)),
         (64, GroupPlan(64, 1, 2, 4, 4, 2)),
-        (96, GroupPlan(96, 1, 2, 4, 4, 2)),
-        (128, GroupPlan(128, 1, 1, 4, 6, 1)),
+        (96, GroupPlan(96, 1, 2, 4, 6, 2)),
+        (128, GroupPlan(128, 1, 2, 4, 4, 1)),
     ),
     ("INT4", "square"): (
         (8, WarpPlan(1, 2, 16, 4)),
@@ -157,40 +167,47 @@ _PLANS: Final[dict[tuple[Format, Shape], tuple[tuple[int, Plan], ...]]] = {
         (24, GroupPlan(24, 1, 8, 4, 6, 2)),
         (32, WarpPlan(4, 2, 8, 4, 2)),
         (48, WarpPlan(6, 2, 8, 4, 2)),
-        (64, WarpPlan(8, 2, 8, 4, 2)),
-        (96, GroupPlan(96, 1, 4, 4, 6, 1, 3)),
-        (128, GroupPlan(128, 1, 4, 4, 6, 1, 3)),
+        (64, GroupPlan(64, 1, 4, 4, 4, 1, 3)),
+        (96, GroupPlan(96, 1, 4, 4, 4, 1, 3)),
+        (128, GroupPlan(128, 1, 4, 4, 4, 1, 3)),
     ),
     ("INT4", "wide"): (
         (8, WarpPlan(1, 1, 16, 2)),
         (16, WarpPlan(2, 2, 16, 8)),
         (24, GroupPlan(24, 1, 8, 4, 4, 2)),
-        (32, WarpPlan(4, 2, 8, 4, 2)),
-        (48, WarpPlan(6, 2, 8, 4, 4)),
-        (64, WarpPlan(8, 2, 8, 4, 2)),
-        (96, GroupPlan(96, 1, 4, 4, 6, 1, 3)),
-        (128, GroupPlan(128, 1, 4, 4, 6, 1, 3)),
+        (32, GroupPlan(32, 1, 8, 4, 4, 2)),
+        (48, GroupPlan(48, 1, 8, 4, 4, 2)),
+        (64, GroupPlan(64, 1, 8, 4, 6, 1, 3)),
+        (96, GroupPlan(96, 1, 4, 4, 4, 1, 3)),
+        (128, GroupPlan(128, 1, 4, 4, 4, 1, 3)),
+    ),
+    ("INT8", "fused"): (
+        (8, WarpPlan(1, 1, 8, 2)),
+        (16, WarpPlan(2, 2, 4, 4)),
+        (32, GroupPlan(32, 1, 2, 4, 6, 2)),
+        (64, GroupPlan(64, 1, 2, 4, 6, 2)),
+        (128, GroupPlan(128, 1, 2, 4, 6, 1, 3)),
     ),
     ("INT8", "tall"): (
         (8, WarpPlan(1, 1, 8, 2)),
         (16, WarpPlan(2, 2, 4, 4)),
-        (32, GroupPlan(32, 1, 2, 4, 4, 2)),
-        (64, GroupPlan(64, 1, 2, 4, 4, 2)),
-        (128, GroupPlan(128, 1, 1, 4, 4, 1)),
+        (32, GroupPlan(32, 1, 2, 4, 6, 2)),
+        (64, GroupPlan(64, 1, 2, 4, 6, 2)),
+        (128, GroupPlan(128, 1, 2, 4, 4, 1)),
     ),
     ("INT8", "square"): (
         (8, WarpPlan(1, 1, 16, 2)),
         (16, WarpPlan(2, 2, 16, 2)),
-        (32, GroupPlan(32, 1, 8, 4, 4, 2)),
-        (64, GroupPlan(64, 1, 4, 4, 4, 2)),
-        (128, GroupPlan(128, 1, 2, 4, 4, 1)),
+        (32, WarpPlan(4, 2, 8, 4, 2)),
+        (64, GroupPlan(64, 1, 4, 4, 6, 1, 3)),
+        (128, GroupPlan(128, 1, 4, 4, 6, 1, 3)),
     ),
     ("INT8", "wide"): (
         (8, WarpPlan(1, 2, 16, 4)),
         (16, WarpPlan(2, 2, 16, 2)),
-        (32, GroupPlan(32, 1, 8, 4, 4, 2)),
-        (64, GroupPlan(64, 1, 4, 4, 4, 2)),
-        (128, GroupPlan(128, 1, 2, 4, 4, 1)),
+        (32, WarpPlan(4, 2, 8, 4, 4)),
+        (64, GroupPlan(64, 1, 4, 4, 6, 1, 3)),
+        (128, GroupPlan(128, 1, 4, 4, 6, 1, 3)),
     ),
     ("F16", "tall"): ((8, WarpPlan(1, 1, 16, 2)), (16, WarpPlan(2, 2, 16, 2))),
     ("F16", "square"): ((8, WarpPlan(1, 1, 16, 2)), (16, WarpPlan(2, 2, 16, 2))),
@@ -204,7 +221,9 @@ _PLANS: Final[dict[tuple[Format, Shape], tuple[tuple[int, Plan], ...]]] = {
 def _shape(out_features: int, in_features: int) -> Shape:
     if in_features > 8192:
         return "wide"
-    return "tall" if out_features > 8192 else "square"
+    if out_features > 12288:
+        return "tall"
+    return "fused" if out_features > 8192 else "square"
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +261,8 @@ def plan_for(
     """The build for a batch of this size; None when a matrix product of torch is faster, or the shape has no build."""
     if out_features % 16 or in_features % 64:
         return None
-    plans = _PLANS[weight_format, _shape(out_features, in_features)]
+    shape = _shape(out_features, in_features)
+    plans = _PLANS.get((weight_format, shape)) or _PLANS[weight_format, "tall"]
     plan = next((plan for rows, plan in plans if num_rows <= rows), None)
     if plan is None:
         return None
