@@ -97,7 +97,8 @@ class Leases:
                     self._reap(time.monotonic())
             except Exception:  # the loop is a boundary
                 logger.exception("renewing failed")
-            self._stop.wait(max(self._lease_seconds / RENEWALS_PER_LEASE - (time.monotonic() - begin), 0.01))
+            pause = self._lease_seconds / RENEWALS_PER_LEASE - (time.monotonic() - begin)
+            self._stop.wait(max(min(pause, self._seconds_to_next_end()), 0.01))
 
     @property
     def renewal_age_seconds(self) -> float:
@@ -147,6 +148,22 @@ class Leases:
         if reaped:
             self._metrics.leases_reaped.inc(len(reaped))
             self._on_reaped()
+
+    def _seconds_to_next_end(self) -> float:
+        """Until the next lease of anybody runs out. Leases of the living are renewed long before, so that only somebody's silence makes this
+        shorter than a pause: then the reaper comes in time, instead of up to a renewal late. Infinite: nobody holds one, or it is not known."""
+        try:
+            pipeline = self._ledger.connection.pipeline(transaction=False)
+            pipeline.time()
+            pipeline.zrange(self._ledger.keys.leases, 0, 0, withscores=True)
+            (seconds, microseconds), first = pipeline.execute()
+        except RedisError:
+            return float("inf")
+        if not first:
+            return float("inf")
+        left = float(first[0][1]) / 1000 - seconds - microseconds / 1e6
+        # One that has ended already is not reaped on purpose: after an outage everybody is given time.
+        return left + 0.002 if left > 0 else float("inf")
 
     def _abort_overdue(self, now: float) -> None:
         for running in self._running:

@@ -49,14 +49,17 @@ async def kills(suite: Suite) -> list[Row]:
         battle.load.start_paced(number=number, per_second=suite.num_requests / suite.seconds)
         special = asyncio.create_task(_specials(battle, num_talks, num_documents, suite.seconds))
         begin = time.monotonic()
-        for done in range(suite.num_kills):
+        # Half of each kind, in any order.
+        kinds = [number % 2 == 0 for number in range(suite.num_kills)]
+        battle.rng.shuffle(kinds)
+        for done, is_worker in enumerate(kinds):
             # What the last kill took is made up for, so that the kills come to their end when the requests do.
             left = begin + pace * (done + 1) - time.monotonic()
             await asyncio.sleep(battle.rng.uniform(0.2, max(2 * left, 0.4)))
             worker = battle.rng.choice(battle.workers)
             with contextlib.suppress(Broken):
                 await battle.until_live(worker, seconds=3.0)
-            if battle.rng.random() < 0.5:
+            if is_worker:
                 await kill_worker(battle, worker)
             else:
                 await kill_engine(battle, worker)

@@ -106,6 +106,33 @@ def test_a_cancellation_whose_message_was_lost_comes_with_the_renewal(
     assert bench.aborted == [generation.sequence_id]
 
 
+def test_the_reaper_comes_when_the_lease_of_a_silent_worker_ends(bench: Any) -> None:
+    bench.claims.drain()
+    request_id = bench.submit()
+    # Somebody else's, who falls silent at once; between two renewals of this worker are 2 s.
+    claimed = bench.ledger.run(calls.claim("chatglm-6b", "silent", 0.5))
+    assert claimed is not None
+    assert claimed.request_id == request_id
+    leases = Leases(
+        bench.ledger,
+        bench.running,
+        bench.publisher,
+        bench.settings.worker_id,
+        lease_seconds=8,
+        about=dict,
+        is_stuck=lambda: False,
+        on_reaped=lambda: None,
+        metrics=bench.metrics,
+    )
+    begin = time.monotonic()
+    leases.start()
+
+    wait_for(lambda: bench.ledger.run(calls.status(request_id)).state == "queued")
+
+    assert time.monotonic() - begin < 1.5
+    leases.stop()
+
+
 def test_a_running_request_is_aborted_at_its_deadline(bench: Any, new_leases: Callable[..., Leases]) -> None:
     request_id = bench.submit(deadline_seconds=0.3)
     generation = bench.generation(request_id)
