@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,11 +123,15 @@ class Engine:
         A sequence that turns out to have ended takes part in that step in vain. While a sequence copies, its next step
         waits for the tokens of this one, because the draft goes on from them.
         """
+        began = time.perf_counter()
         launched = self._launched or self._launch()
         has_drafts = launched is not None and launched.schedule.drafts is not None
         waits = has_drafts or self.speculation.is_likely(self.scheduler.running)
         self._launched = self._launch() if self._runner.runs_ahead and not waits else None
         ended = self._advance(launched) if launched is not None else []
+        if launched is not None and not launched.schedule.is_prefill:
+            seconds, num_sequences = time.perf_counter() - began, len(launched.schedule.sequences)
+            self.speculation.time(seconds, num_sequences, len(ended), has_drafts=has_drafts)
         return Step(
             sequence_ids=[sequence_id for sequence_id, _, _ in ended],
             token_ids=[token_id for _, token_id, _ in ended],

@@ -24,6 +24,10 @@ MAX_DRAFT: Final = 7
 """With the token before it, as many rows as one product of the tensor cores takes."""
 MAX_LONG_DRAFT: Final = 15
 LONG_DRAFT_STREAK: Final = 12
+LEAST_TIMED: Final = 8
+"""Steps of each kind that are timed before they are compared."""
+FIRST_PAUSE, LONGEST_PAUSE = 64, 1024
+"""Steps without drafts, once they did not pay; doubled each time."""
 
 
 class PromptLookup:
@@ -85,8 +89,29 @@ class PromptLookup:
             self.streak = 0 if self._source is None else NUM_EQUAL
 
 
+class _Pace:
+    """Tokens a second of one sequence, over the last steps of a kind."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self._tokens = self._seconds = 0.0
+
+    def add(self, tokens: float, seconds: float) -> None:
+        self.num_steps += 1
+        # Older steps fade: contexts grow, and others come and go.
+        self._tokens = 0.9 * self._tokens + tokens
+        self._seconds = 0.9 * self._seconds + seconds
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+
 class Speculation:
-    """Which sequences of an engine get drafts, and how long ones."""
+    """Which sequences of an engine get drafts, and how long ones.
+
+    Steps with and without are timed: where rows cost what tokens bring, as on a CPU with a large network, drafts pause.
+    """
 
     def __init__(self, max_rows: int) -> None:
         """max_rows: the tokens that one step can check, all sequences together; below 2 there are no drafts."""
@@ -94,9 +119,12 @@ class Speculation:
         self.num_drafted = 0
         self.num_accepted = 0
         """Since the engine started."""
+        self._with, self._without = _Pace(), _Pace()
+        self._next_pause = FIRST_PAUSE
+        self._num_paused = 0
 
     def is_useful(self, running: Seq[Sequence]) -> bool:
-        """Whether tokens that are drawn in vain would cost next to nothing."""
+        """Whether tokens that are drawn in vain would cost little."""
         return self._max_rows > 1 and 0 < len(running) <= MAX_SEQUENCES
 
     def follow(self, sequence: Sequence) -> None:
@@ -108,9 +136,13 @@ class Speculation:
 
     def is_likely(self, running: Seq[Sequence]) -> bool:
         """Whether the next step should wait for this one's tokens, because some sequence copies."""
-        return self.is_useful(running) and any(
-            sequence.lookup is not None and sequence.lookup.streak >= sequence.lookup.needed
-            for sequence in running
+        return (
+            self.is_useful(running)
+            and not self._num_paused
+            and any(
+                sequence.lookup is not None and sequence.lookup.streak >= sequence.lookup.needed
+                for sequence in running
+            )
         )
 
     def drafts(self, sequences: Seq[Sequence]) -> list[list[int]]:
@@ -126,6 +158,24 @@ class Speculation:
         # The step gives one token more than the draft has.
         room = sequence.max_len - len(sequence.token_ids) - 1
         return lookup.guess(sequence.token_ids, max(min(count, longest, room), 0))
+
+    def time(self, seconds: float, num_sequences: int, num_tokens: int, *, has_drafts: bool) -> None:
+        """A decode of these took so long and gave so many tokens."""
+        if not 0 < num_sequences <= MAX_SEQUENCES:
+            return
+        pace = self._with if has_drafts else self._without
+        pace.add(num_tokens / num_sequences, seconds)
+        if not has_drafts:
+            self._num_paused = max(self._num_paused - 1, 0)
+        elif min(self._with.num_steps, self._without.num_steps) >= LEAST_TIMED:
+            if self._with.tokens_per_s < self._without.tokens_per_s:
+                self._num_paused, self._next_pause = (
+                    self._next_pause,
+                    min(2 * self._next_pause, LONGEST_PAUSE),
+                )
+                self._with = _Pace()
+            elif self._with.num_steps % LEAST_TIMED == 0:
+                self._next_pause = FIRST_PAUSE
 
     def judge(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None:
         """What has become of a sequence's draft."""

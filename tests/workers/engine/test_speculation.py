@@ -144,6 +144,29 @@ def test_many_running_sequences_get_none() -> None:
     assert not Speculation(max_rows=0).is_likely([one])
 
 
+def test_drafts_pause_where_they_do_not_pay_and_longer_each_time() -> None:
+    said = [*TEXT, 1, 2, 110, 111, 112, 113]
+    one = sequence_of(said, len(TEXT))
+    speculation = Speculation(max_rows=8)
+    speculation.follow(one)
+    lengths = []
+    for _ in range(2):
+        for _ in range(10):
+            speculation.time(0.001, 1, 1, has_drafts=False)
+        while speculation.is_likely([one]):
+            # Four tokens in the time of five.
+            speculation.time(0.005, 1, 4, has_drafts=True)
+        length = 0
+        while not speculation.is_likely([one]):
+            speculation.time(0.001, 1, 1, has_drafts=False)
+            length += 1
+        lengths.append(length)
+    assert lengths == [64, 128]
+    for _ in range(40):
+        speculation.time(0.002, 1, 4, has_drafts=True)
+    assert speculation.is_likely([one])
+
+
 # --- in an engine -----------------------------------------------------------------------------------------------------
 
 COPYING = "深蹲的时候膝盖不要超过脚尖，背部要保持挺直，核心要收紧。" * 3
