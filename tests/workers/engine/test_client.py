@@ -94,7 +94,8 @@ def test_an_aborted_sequence_is_silent_and_gives_its_blocks_back(engine, prompt_
     assert isinstance(first, Step)
     engine.send(Abort(11))
     steps = []
-    while not (steps and steps[-1].sequence_ids == [12] and steps[-1].finish_reasons == ["length"]):
+    # A step may have several tokens of a sequence.
+    while not (steps and set(steps[-1].sequence_ids) == {12} and steps[-1].finish_reasons[-1:] == ["length"]):
         message = engine.receive(10)
         assert isinstance(message, Step)
         steps.append(message)
