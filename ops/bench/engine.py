@@ -26,7 +26,7 @@ from typing import Any, cast
 import torch
 
 from workers.engine.adapters import Adapters
-from workers.engine.config import EngineConfig
+from workers.engine.config import EngineConfig, SpeculationSetting
 from workers.engine.cuda_graphs import DecodeGraph, Vocabulary
 from workers.engine.engine import Engine
 from workers.engine.messages import Generate, Sampling
@@ -263,9 +263,12 @@ def new_engine(
     context_len: int,
     prefill_tokens: int,
     num_adapters: int = 0,
+    speculation: SpeculationSetting = "off",
 ) -> Engine:
+    """Without drafts: what random weights say soon repeats itself, and would be drafted."""
     config = EngineConfig(
         checkpoint="random",
+        speculation=speculation,
         max_num_seqs=num_seqs,
         max_prefill_tokens=prefill_tokens,
         block_size=BLOCK_SIZE,

@@ -144,7 +144,7 @@ _PLANS: Final[dict[tuple[Format, Shape], tuple[tuple[int, Plan], ...]]] = {
     ("INT4", "fused"): (
         (8, WarpPlan(1, 2, 8, 2)),
         (16, WarpPlan(2, 2, 8, 2)),
-        (24, WarpPlan(3, 2, 4, 2)),
+        (24, GroupPlan(24, 2, 4, 4, 6, 1)),
         (32, GroupPlan(32, 1, 2, 4, 4, 2)),
         (48, GroupPlan(48, 1, 2, 4, 6, 2)),
         (64, GroupPlan(64, 1, 2, 4, 4, 1, 3)),
@@ -154,9 +154,9 @@ _PLANS: Final[dict[tuple[Format, Shape], tuple[tuple[int, Plan], ...]]] = {
     ("INT4", "tall"): (
         (8, WarpPlan(1, 2, 8, 2)),
         (16, WarpPlan(2, 2, 8, 2)),
-        (24, WarpPlan(3, 2, 4, 2)),
+        (24, WarpPlan(3, 4, 8, 2, 2)),
         (32, GroupPlan(32, 2, 2, 4, 6, 1)),
-        (48, GroupPlan(48, 1, 2, 4, 6, 2)),
+        (48, GroupPlan(48, 1, 2, 4, 6, 1, 4)),
         (64, GroupPlan(64, 1, 2, 4, 4, 2)),
         (96, GroupPlan(96, 1, 2, 4, 6, 2)),
         (128, GroupPlan(128, 1, 2, 4, 4, 1)),
@@ -164,7 +164,7 @@ _PLANS: Final[dict[tuple[Format, Shape], tuple[tuple[int, Plan], ...]]] = {
     ("INT4", "square"): (
         (8, WarpPlan(1, 2, 16, 4)),
         (16, WarpPlan(2, 2, 16, 2)),
-        (24, GroupPlan(24, 1, 8, 4, 6, 2)),
+        (24, GroupPlan(24, 1, 8, 4, 4, 1, 3)),
         (32, WarpPlan(4, 2, 8, 4, 2)),
         (48, WarpPlan(6, 2, 8, 4, 2)),
         (64, GroupPlan(64, 1, 4, 4, 4, 1, 3)),
@@ -174,9 +174,9 @@ _PLANS: Final[dict[tuple[Format, Shape], tuple[tuple[int, Plan], ...]]] = {
     ("INT4", "wide"): (
         (8, WarpPlan(1, 1, 16, 2)),
         (16, WarpPlan(2, 2, 16, 8)),
-        (24, GroupPlan(24, 1, 8, 4, 4, 2)),
+        (24, GroupPlan(24, 1, 8, 4, 4, 1, 3)),
         (32, GroupPlan(32, 1, 8, 4, 4, 2)),
-        (48, GroupPlan(48, 1, 8, 4, 4, 2)),
+        (48, GroupPlan(48, 1, 8, 4, 4, 1, 3)),
         (64, GroupPlan(64, 1, 8, 4, 6, 1, 3)),
         (96, GroupPlan(96, 1, 4, 4, 4, 1, 3)),
         (128, GroupPlan(128, 1, 4, 4, 4, 1, 3)),
