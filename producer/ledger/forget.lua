@@ -23,11 +23,14 @@ while at > 0 do
   local num_deleted = 0
   for _, turn in ipairs(redis.call('LRANGE', turns_key(name), math.max(at - 64, 0), at - 1)) do
     local id = cjson.decode(turn).request_id
-    num_deleted = num_deleted + redis.call('DEL', request_key(id), events_key(id))
+    if not is_live(id) then
+      num_deleted = num_deleted + redis.call('DEL', request_key(id), events_key(id))
+    end
   end
   at = num_deleted > 0 and at - 64 or 0
 end
-if fields[4] then
+-- What is live, under an id that was used before, ends below.
+if fields[4] and not is_live(fields[4]) then
   redis.call('DEL', request_key(fields[4]), events_key(fields[4]))
 end
 drop_conversation(name)

@@ -620,7 +620,7 @@ class Model:
                 return
             raise UnknownConversation(conversation_id)
         for request_id in [request_id for _, _, request_id in conversation.turns] + [conversation.folded]:
-            if request_id is not None:
+            if request_id is not None and not self.is_live(request_id):
                 self._delete(request_id)
         self._drop(conversation)
         for request_id in (conversation.busy, conversation.folding):
