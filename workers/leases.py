@@ -23,6 +23,8 @@ from workers.running import RunningRequests
 logger = get_logger(__name__)
 
 RENEWALS_PER_LEASE = 4
+MISSED_RENEWALS = 1.5
+"""After so many a worker without a connection is taken for dead. One renewal may be late."""
 
 _OVERDUE = Failed(
     code="deadline_exceeded",
@@ -139,7 +141,10 @@ class Leases:
         if now < self._reap_from:
             return
         try:
-            reaped = self._ledger.run(calls.reap(max_attempts=self._max_attempts))
+            silent_seconds = self._lease_seconds / RENEWALS_PER_LEASE * MISSED_RENEWALS
+            reaped = self._ledger.run(
+                calls.reap(max_attempts=self._max_attempts, silent_seconds=silent_seconds)
+            )
         except (RedisUnavailable, RedisError) as error:
             logger.debug("cannot reap: %s", error)
             return

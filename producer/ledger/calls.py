@@ -570,12 +570,15 @@ def lose(
     )
 
 
-def reap(at_most: int = 100, max_attempts: int = MAX_ATTEMPTS) -> Call[list[str]]:
+def reap(
+    at_most: int = 100, max_attempts: int = MAX_ATTEMPTS, *, silent_seconds: float = 0
+) -> Call[list[str]]:
     """Put requests whose leases have run out back into the queue, at their old places. Answers their ids.
 
-    Those that were lost `max_attempts` times in a row without a new token are dead letters instead.
+    Those that were lost `max_attempts` times in a row without a new token are dead letters instead. `silent_seconds`: without a
+    renewal, after which a worker that nobody hears on its control channel any more is dead, and its leases end at once; 0: never.
     """
-    return Call("reap", [at_most, _CANCELLED, max_attempts], list)
+    return Call("reap", [at_most, _CANCELLED, max_attempts, _ms(silent_seconds)], list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,3 +79,42 @@ def test_a_lease_of_a_request_that_is_gone_is_cleared_away(ledger: Ledger, keys:
     ledger.connection.zadd(keys.leases, {"nobody": 1})
     ledger.run(calls.reap())
     assert ledger.connection.zcard(keys.leases) == 0
+
+
+def test_a_worker_that_is_silent_and_has_no_connection_any_more_loses_its_requests_before_its_lease_ends(
+    worker: HandWorker, other_worker: HandWorker, ledger: Ledger
+) -> None:
+    worker.submit(ChatRequest(query="q"))
+    claim = worker.claim(lease_seconds=60)
+    assert claim is not None
+    ledger.run(calls.renew(worker.name, [(claim.request_id, claim.attempt)], 60))
+    time.sleep(0.03)
+
+    assert ledger.run(calls.reap(silent_seconds=10)) == []
+    assert ledger.run(calls.reap()) == []
+    assert ledger.run(calls.reap(silent_seconds=0.01)) == [claim.request_id]
+
+    taken_over = other_worker.claim(lease_seconds=60)
+    assert taken_over is not None
+    assert taken_over.request_id == claim.request_id
+
+
+def test_a_silent_worker_that_still_has_its_connection_keeps_its_requests_until_their_lease_ends(
+    worker: HandWorker, ledger: Ledger, keys: Keys
+) -> None:
+    worker.submit(ChatRequest(query="q"))
+    claim = worker.claim(lease_seconds=60)
+    assert claim is not None
+    ledger.run(calls.renew(worker.name, [(claim.request_id, claim.attempt)], 60))
+    with ledger.connection.pubsub() as channel:
+        channel.subscribe(keys.control(worker.name))
+        assert channel.get_message(timeout=5) is not None
+        time.sleep(0.03)
+
+        assert ledger.run(calls.reap(silent_seconds=0.01)) == []
+
+    deadline = time.monotonic() + 5
+    while not (reaped := ledger.run(calls.reap(silent_seconds=0.01))):
+        assert time.monotonic() < deadline, "the server has not noticed that the connection is closed"
+        time.sleep(0.01)
+    assert reaped == [claim.request_id]
