@@ -13,7 +13,7 @@ from typing import Final, TypeVar, assert_never
 
 from redis.exceptions import RedisError
 
-from producer.contract import Failed, Finished, RedisUnavailable, Started, Token, UnknownRequest
+from producer.contract import Failed, Finished, NewTokens, RedisUnavailable, Started, UnknownRequest
 from producer.contract.keys import MAX_ATTEMPTS
 from producer.ledger import Call, Emission, EmitCode, Ledger, calls
 from workers.engine.messages import Refused, Step
@@ -216,7 +216,7 @@ class Publisher:
                 call = calls.emit(emissions, worker=self._worker_id)
                 codes += self._insist(partial(self._ledger.run, call))
             num_tokens = sum(
-                len(emission.event.ids) for _, emission in batch if isinstance(emission.event, Token)
+                len(emission.event.ids) for _, emission in batch if isinstance(emission.event, NewTokens)
             )
             self._metrics.on_flush(time.monotonic() - begin, num_tokens)
             for (running, emission), code in zip(batch, codes, strict=True):
@@ -247,18 +247,14 @@ class Publisher:
                 before, after = running.num_published, len(running.token_ids)
                 if after > before:
                     running.num_published = after
-                    token = Token(
-                        index=after,
-                        ids=tuple(running.token_ids[before:]),
-                        texts=tuple(running.texts[before:]),
-                    )
-                    batch.append((running, Emission(running.request_id, running.attempt, token)))
+                    tokens = NewTokens(after, running.token_ids[before:], running.texts[before:])
+                    batch.append((running, Emission(running.request_id, running.attempt, tokens)))
         return batch
 
     def _settle(self, running: RunningRequest, emission: Emission, code: EmitCode) -> None:
         match code:
             case EmitCode.WRITTEN | EmitCode.ALREADY_WRITTEN:
-                if isinstance(emission.event, Token):
+                if isinstance(emission.event, NewTokens):
                     running.num_out_of_step = 0
             case EmitCode.CANCEL_ASKED:
                 self.end(running, "cancelled")

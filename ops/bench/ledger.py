@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from producer.client import AsyncClient, Client
-from producer.contract import ChatRequest, Finished, Started, Token
+from producer.contract import ChatRequest, Finished, NewTokens, Started, Token
 from producer.contract.tenants import QueueBounds
 from producer.embedded import EmbeddedServer
 from producer.ledger import Call, Claim, Emission, Ledger, Submitted, calls
@@ -118,8 +118,8 @@ def measure_calls(settings: Settings, ledger: Ledger) -> None:
     def emit() -> None:
         nonlocal index
         index += 1
-        token = Token(index=index, ids=(5000 + index,), texts=("词",))
-        codes = ledger.run(calls.emit([Emission(claim.request_id, 1, token) for claim in running]))
+        tokens = NewTokens(index, [5000 + index], ["词"])
+        codes = ledger.run(calls.emit([Emission(claim.request_id, 1, tokens) for claim in running]))
         assert set(codes) == {1}
 
     timed(ledger, f"emit of {STREAMS} requests, pushed to a reader", emit, times=300, limit_ms=4.0)
@@ -163,9 +163,9 @@ def measure_streams(settings: Settings, ledger: Ledger) -> None:
         begin = time.perf_counter()
         for index in range(1, num_tokens + 1):
             time.sleep(max(0.0, begin + index / TOKENS_PER_SECOND - time.perf_counter()))
-            token = Token(index=index, ids=(index,), texts=("词",))
+            tokens = NewTokens(index, [index], ["词"])
             flushed.append(time.perf_counter())
-            ledger.run(calls.emit([Emission(claim.request_id, 1, token) for claim in running]))
+            ledger.run(calls.emit([Emission(claim.request_id, 1, tokens) for claim in running]))
         for claim in running:
             ledger.run(calls.finish(claim.request_id, 1, Finished(reason="stop", text="词" * num_tokens)))
 

@@ -24,6 +24,7 @@ from producer.contract.events import (
     Event,
     Failed,
     Finished,
+    NewTokens,
     Progress,
     Started,
     Timings,
@@ -31,6 +32,7 @@ from producer.contract.events import (
     Usage,
     decode_event,
     encode_event,
+    encode_tokens,
 )
 from producer.contract.requests import (
     ChatRequest,
@@ -56,6 +58,7 @@ __all__ = [
     "IdempotencyConflict",
     "InvalidRequest",
     "InvalidSetting",
+    "NewTokens",
     "NotDead",
     "Progress",
     "QueueFull",
@@ -77,4 +80,5 @@ __all__ = [
     "decode_request",
     "encode_event",
     "encode_request",
+    "encode_tokens",
 ]

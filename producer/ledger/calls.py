@@ -28,7 +28,17 @@ from producer.contract.errors import (
     UnknownConversation,
     UnknownRequest,
 )
-from producer.contract.events import Event, Failed, Finished, Started, Token, decode_event, encode_event
+from producer.contract.events import (
+    Event,
+    Failed,
+    Finished,
+    NewTokens,
+    Started,
+    Token,
+    decode_event,
+    encode_event,
+    encode_tokens,
+)
 from producer.contract.keys import (
     CONVERSATION_SECONDS,
     IDEMPOTENCY_SECONDS,
@@ -492,7 +502,10 @@ class Emission(NamedTuple):
 
     request_id: str
     attempt: int
-    event: Started | Token
+    event: Started | Token | NewTokens
+
+
+_EMIT_CODES = {code.value: code for code in EmitCode}
 
 
 def emit(emissions: Iterable[Emission], *, worker: str = "") -> Call[list[EmitCode]]:
@@ -502,14 +515,14 @@ def emit(emissions: Iterable[Emission], *, worker: str = "") -> Call[list[EmitCo
     """
     lines: list[str] = []
     for request_id, attempt, event in emissions:
-        if isinstance(event, Token):
-            if not event.ids:
-                raise ValueError(f"a Token of {request_id} has no ids")
-            before, index = event.index - len(event.ids), event.index
-        else:
-            before = index = -1
-        lines.append(f"{request_id}\t{attempt}\t{before}\t{index}\t{encode_event(event)}\n")
-    return Call("emit", ["".join(lines), worker], lambda codes: [EmitCode(code) for code in codes])
+        if isinstance(event, Started):
+            lines.append(f"{request_id}\t{attempt}\t-1\t-1\t{encode_event(event)}\n")
+            continue
+        index, num_tokens = event.index, len(event.ids)
+        if num_tokens == 0:
+            raise ValueError(f"a Token of {request_id} has no ids")
+        lines.append(f"{request_id}\t{attempt}\t{index - num_tokens}\t{index}\t{encode_tokens(event)}\n")
+    return Call("emit", ["".join(lines), worker], lambda codes: [_EMIT_CODES[code] for code in codes])
 
 
 def finish(

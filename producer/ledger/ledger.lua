@@ -49,13 +49,17 @@ local end_request, cancel_request
 -- One event at the end of a request's stream. `previous` is the id of the entry before it: a reader that has not seen that one has a gap.
 local function append(id, previous, entry, event, readers)
   redis.call('XADD', events_key(id), entry, 'event', event)
-  for reader in string.gmatch(readers or '', '[^,]+') do
-    local lines = pushes[reader]
-    if not lines then
-      lines = {}
-      pushes[reader] = lines
-    end
-    lines[#lines + 1] = id .. '\t' .. previous .. '\t' .. entry .. '\t' .. event
+  if not readers then
+    return
+  end
+  local line = id .. '\t' .. previous .. '\t' .. entry .. '\t' .. event
+  if pushes[readers] then -- the usual case: one reader, and not its first line
+    table.insert(pushes[readers], line)
+    return
+  end
+  for reader in string.gmatch(readers, '[^,]+') do
+    pushes[reader] = pushes[reader] or {}
+    table.insert(pushes[reader], line)
   end
 end
 

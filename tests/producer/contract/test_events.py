@@ -10,6 +10,7 @@ from producer.contract import (
     Event,
     Failed,
     Finished,
+    NewTokens,
     Progress,
     Started,
     Timings,
@@ -17,6 +18,7 @@ from producer.contract import (
     Usage,
     decode_event,
     encode_event,
+    encode_tokens,
 )
 
 any_text = st.text(st.characters(exclude_categories=("Cs",)))
@@ -48,6 +50,14 @@ def test_an_event_is_one_line_without_tabs_whatever_the_text(text: str) -> None:
     line = encode_event(event)
     assert not {"\n", "\t", "\r"} & set(line)
     assert decode_event(line) == event
+
+
+@given(st.lists(st.tuples(st.integers(0, 150_527), any_text), min_size=1, max_size=4))
+def test_what_a_worker_has_made_goes_over_the_wire_as_the_event_that_its_readers_know(
+    tokens: list[tuple[int, str]],
+) -> None:
+    ids, texts = zip(*tokens, strict=True)
+    assert encode_tokens(NewTokens(9, ids, texts)) == encode_event(Token(index=9, ids=ids, texts=texts))
 
 
 def test_a_later_version_s_extra_fields_are_ignored() -> None:
