@@ -35,7 +35,7 @@ MUTANTS: Final = {
         "elseif before ~= count or started ~= attempt then", "elseif started ~= attempt then"
     ),
     "a push does not name the entry before it": Substitution(
-        "lines[#lines + 1] = id .. '\\t' .. previous ..", "lines[#lines + 1] = id .. '\\t' .. entry .."
+        "local line = id .. '\\t' .. previous ..", "local line = id .. '\\t' .. entry .."
     ),
     "an end is written although tokens are missing": Substitution(
         "elseif count ~= '' and fields[5] ~= count then", "elseif false then"
