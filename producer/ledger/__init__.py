@@ -1,6 +1,6 @@
 """The state of every request, in Redis. The only code that changes it.
 
-Each transition is one Lua script (`*.lua`), each script one function in `calls.py`; `Ledger` and `AsyncLedger` run them:
+Each transition is one Lua script (`*.lua`), each script one function in `calls`; `Ledger` and `AsyncLedger` run them:
 `ledger.run(calls.claim(model, worker, lease_seconds=2.0))`.
 """
 

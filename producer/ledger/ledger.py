@@ -1,4 +1,4 @@
-"""Runs the calls of `calls.py` on a Redis connection, blocking or asynchronous.
+"""Runs the calls of `calls` on a Redis connection, blocking or asynchronous.
 
 Knows connections and their errors; what a call does and answers is the call's business.
 """
