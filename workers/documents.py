@@ -88,6 +88,7 @@ class Documents:
                 claim.attempt,
                 level=len(claim.pieces.levels) + 1,
                 priority=priority,
+                worker=claim.worker,
                 pieces=[
                     SummaryRequest(
                         text=text,

@@ -112,7 +112,9 @@ class FoldPrompts:
             if found.covered != request.first or not found.turns:
                 raise _nothing()
             chosen = choose(prompts.tokenizer, found, context_len)
-            kept = self._ledger.run(calls.remember(claim.request_id, claim.attempt, chosen.model_dump_json()))
+            kept = self._ledger.run(
+                calls.remember(claim.request_id, claim.attempt, chosen.model_dump_json(), worker=claim.worker)
+            )
             if kept is None:
                 raise Fenced
             memory = FoldMemory.model_validate_json(kept)

@@ -67,7 +67,9 @@ class Memory:
             raise _gone()
         if found.memory is None:
             memory = choose(prompts.tokenizer, request.query, found, budget, prompts.context_len)
-            kept = self._ledger.run(calls.remember(claim.request_id, claim.attempt, memory.model_dump_json()))
+            kept = self._ledger.run(
+                calls.remember(claim.request_id, claim.attempt, memory.model_dump_json(), worker=claim.worker)
+            )
             if kept is None:
                 raise Fenced
             memory = PromptMemory.model_validate_json(kept)

@@ -58,6 +58,8 @@ class Claim:
     """Of a document."""
     failures: int = 0
     """Attempts in a row before this one that were lost without a new token."""
+    worker: str = ""
+    """Who has it: the other half of the fence."""
 
 
 def claim(
@@ -90,6 +92,7 @@ def claim(
             ),
             document is not None,
             int(failures or 0),
+            worker,
         )
 
     return Call(
@@ -135,7 +138,7 @@ _EMIT_CODES = {code.value: code for code in EmitCode}
 def emit(emissions: Iterable[Emission], *, worker: str = "") -> Call[list[EmitCode]]:
     """Append one flush's events to their streams and push them to their readers. A code each, in order.
 
-    worker: whose requests they must be; here and in the calls below "" leaves that unchecked.
+    worker: whose requests they must be; here and in all calls for an attempt "" leaves that unchecked.
     """
     lines: list[str] = []
     for request_id, attempt, event in emissions:

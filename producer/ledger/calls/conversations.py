@@ -65,9 +65,9 @@ def recollect(
     return Call("recollect", [request_id, max_turns, max_bytes, "head" if from_head else "tail"], parse)
 
 
-def remember(request_id: str, attempt: int, memory: str) -> Call[str | None]:
+def remember(request_id: str, attempt: int, memory: str, *, worker: str = "") -> Call[str | None]:
     """Keep with a running request what its prompt consists of (JSON). Answers what is kept from now on; None: fenced."""
-    return Call("remember", [request_id, attempt, memory], lambda kept: kept or None)
+    return Call("remember", [request_id, attempt, memory, worker], lambda kept: kept or None)
 
 
 def fold(

@@ -27,7 +27,13 @@ _SPLIT_OUTCOMES: Final[dict[int, Literal["waiting", "fenced", "cancel_asked", "i
 
 
 def split(
-    request_id: str, attempt: int, *, level: int, priority: int, pieces: Sequence[SummaryRequest]
+    request_id: str,
+    attempt: int,
+    *,
+    level: int,
+    priority: int,
+    pieces: Sequence[SummaryRequest],
+    worker: str = "",
 ) -> Call[Split]:
     """Queue the pieces of a running request; it waits for them without a worker, and is queued again when all are done.
 
@@ -41,6 +47,7 @@ def split(
             attempt,
             level,
             priority,
+            worker,
             *(part for piece in pieces for part in with_estimate(piece)),
         ],
         lambda answer: Split(_SPLIT_OUTCOMES[answer[0]], *answer[1:]),

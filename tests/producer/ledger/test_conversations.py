@@ -257,7 +257,8 @@ def test_what_was_remembered_first_decides_what_later_attempts_read(
 
     assert ledger.run(calls.remember(second.request_id, first.attempt, "{}")) is None
     other = PromptMemory(first=0, num_turns=3).model_dump_json()
-    assert ledger.run(calls.remember(second.request_id, second.attempt, other)) == kept
+    assert ledger.run(calls.remember(second.request_id, second.attempt, other, worker="another")) is None
+    assert ledger.run(calls.remember(second.request_id, second.attempt, other, worker=second.worker)) == kept
     found = ledger.run(calls.recollect(second.request_id, max_turns=0, max_bytes=0))
     assert found.memory == kept
     assert (found.first, [turn.query for turn in found.turns]) == (1, ["q1", "q2"])

@@ -36,6 +36,18 @@ def take(worker: HandWorker) -> Claim:
     return claim
 
 
+def test_only_the_worker_that_has_a_document_can_split_it(claim: Claim, ledger: Ledger) -> None:
+    # Redis came back without its last writes, and gave the same attempt to another one.
+    pieces = [SummaryRequest(text=TEXTS[0])]
+
+    def outcome(worker: str) -> str:
+        call = calls.split(claim.request_id, claim.attempt, level=1, priority=6, pieces=pieces, worker=worker)
+        return ledger.run(call).outcome
+
+    assert outcome("another") == "fenced"
+    assert outcome(claim.worker) == "waiting"
+
+
 def test_pieces_are_claimed_in_their_order_and_their_document_is_not(
     worker: HandWorker, claim: Claim, ledger: Ledger, keys: Keys
 ) -> None:

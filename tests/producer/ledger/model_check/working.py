@@ -347,7 +347,14 @@ class Workers(Deployment):
         ]
         operation = Operation(
             "split",
-            calls.split(held.request_id, held.attempt, level=level, priority=priority, pieces=pieces),
+            calls.split(
+                held.request_id,
+                held.attempt,
+                level=level,
+                priority=priority,
+                pieces=pieces,
+                worker=held.worker.name,
+            ),
             lambda _: self.model.split(
                 held.request_id,
                 held.attempt,
@@ -410,7 +417,7 @@ class Workers(Deployment):
         kept = self.perform(
             Operation(
                 "remember",
-                calls.remember(held.request_id, held.attempt, memory),
+                calls.remember(held.request_id, held.attempt, memory, worker=held.worker.name),
                 lambda _: self.model.remember(held.request_id, held.attempt, memory),
             )
         )
