@@ -58,5 +58,7 @@ WORKER = (
 """`python -c WORKER` is a worker with such an engine."""
 
 if __name__ == "__main__":
+    if "POISONED_LOADING" in os.environ:
+        time.sleep(600)
     poison_engine()
     sys.exit(process.main(sys.argv[1:]))

@@ -82,6 +82,8 @@ class WorkerSettings:
     """Attempts in a row that a request may be lost at, without a new token; then it is a dead letter."""
     stall_seconds: float = 60.0
     """An engine that has work and ends no step for so long is stuck, and killed. A long prefill on a CPU has more time."""
+    load_seconds: float = 1800.0
+    """An engine that has not loaded its model by then is killed."""
     look_seconds: float = 1.0
     """How often a worker with free slots looks for work of which no ticket told it."""
     flush_seconds: float = 0.03
@@ -141,6 +143,7 @@ class WorkerSettings:
         for name in (
             "lease_seconds",
             "stall_seconds",
+            "load_seconds",
             "look_seconds",
             "flush_seconds",
             "grace_seconds",
@@ -301,6 +304,7 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "lease_seconds": ("GLMQ_LEASE_SECONDS", float),
     "max_attempts": ("GLMQ_MAX_ATTEMPTS", int),
     "stall_seconds": ("GLMQ_STALL_SECONDS", float),
+    "load_seconds": ("GLMQ_LOAD_SECONDS", float),
     "look_seconds": ("GLMQ_LOOK_SECONDS", float),
     "flush_seconds": ("GLMQ_FLUSH_SECONDS", float),
     "grace_seconds": ("GLMQ_GRACE_SECONDS", float),

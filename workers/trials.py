@@ -10,31 +10,19 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 from workers.engine.client import EngineDied
 from workers.logs import get_logger
 from workers.publisher import Publisher
 from workers.running import RELEASED, Lost, RunningRequest, RunningRequests
+from workers.supervisor import Death
 
 logger = get_logger(__name__)
 
 TRIAL_TOKENS: Final = 4
 """A trial is over after so many new tokens: a prefill and some decodes."""
 _DEATHS_REMEMBERED: Final = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Death:
-    """How an engine ended."""
-
-    cause: str
-    """Such as `signal 11`."""
-    prefilling: frozenset[int] = frozenset()
-    """Sequences that had no token yet of what it was computing."""
-    is_from_outside: bool = False
-    """Somebody killed it, so that a request is the less likely reason."""
 
 
 class Trials:

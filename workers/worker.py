@@ -1,20 +1,17 @@
-"""The composition root of a worker: every part is built and wired here, the engine is started and, if it dies, started again.
+"""The composition root of a worker: every part is built and wired here.
 
 Celery sees it as the one who takes the pool's tickets.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from celery import Celery
@@ -31,46 +28,33 @@ from workers.app import create_app
 from workers.backlog import BacklogReader
 from workers.claims import Claims
 from workers.control import Control
-from workers.engine.client import ENGINE_MODULE, EngineClient, EngineDied
+from workers.engine.client import ENGINE_MODULE, EngineDied
 from workers.engine.config import EngineConfig
 from workers.engine.detokenizer import StreamDetokenizer
-from workers.engine.messages import Abort, AdaptersChanged, Generate, Ready, Refused, Step
+from workers.engine.messages import Abort, AdaptersChanged, FromEngine, Generate, Ready, Refused, Step
 from workers.exporter import PORTS_TO_TRY, Exporter, PortTaken
 from workers.folding import Folding
 from workers.foreground import keep_log, run_celery
 from workers.gpu import Gpu, GpuReading
 from workers.leases import Leases
-from workers.logs import FORMS, LEVELS, get_logger, set_up
+from workers.logs import get_logger, set_up
 from workers.metrics import Metrics, WorkerState
 from workers.models.config import CheckpointError
 from workers.models.tokenizer import Tokenizer
-from workers.pool import StartFailed, Ticket
+from workers.options import parser
+from workers.pool import Ticket
 from workers.prompts import Prompts
 from workers.publisher import Publisher
 from workers.running import RELEASED, RunningRequest, RunningRequests
-from workers.settings import (
-    ACTIVATIONS,
-    BACKENDS,
-    CACHE_DTYPES,
-    DTYPES,
-    QUANTIZE,
-    Backend,
-    WorkerSettings,
-    named_folders,
-)
+from workers.settings import Backend, WorkerSettings, named_folders
+from workers.supervisor import Death, Supervisor
 from workers.tasks import carries_request
-from workers.trials import Death, Trials
+from workers.trials import Trials
 
 logger = get_logger(__name__)
 
 ENGINES: dict[Backend, str] = {"native": ENGINE_MODULE, "reference": "workers.reference.process"}
 """What the engine process runs."""
-RESTART_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-"""Waits before the engine is started again, for deaths in a row; the last one repeats."""
-GOOD_LIFE_SECONDS = 60.0
-"""An engine that was ready for so long does not belong to the row."""
-CPU_PREFILL_SECONDS_PER_TOKEN = 0.25
-"""What a prefill may take on a CPU beyond the time in which a step must end: 6 billion parameters on two old cores."""
 FLUSH_AT_STOP_SECONDS = 5.0
 DEFAULT_METRICS_PORT = 9750
 
@@ -94,6 +78,17 @@ class Worker:
             engine=str(settings.engine_index),
             namespace=settings.queue.namespace,
             queue_name=keys.celery_queue(settings.model),
+        )
+        self._supervisor = Supervisor(
+            ENGINES[settings.backend],
+            stall_seconds=settings.stall_seconds,
+            load_seconds=settings.load_seconds,
+            new_config=self._engine_config,
+            num_generating=lambda: self._running.num_generating,
+            num_prefill_tokens=self._num_prefill_tokens,
+            on_message=self._on_message,
+            on_down=self._on_down,
+            on_death=self._on_death,
         )
         self._publisher = Publisher(
             # A retry inside redis-py would hide that Redis is away, and hold up everybody's tokens.
@@ -125,8 +120,8 @@ class Worker:
             self.name,
             lease_seconds=settings.lease_seconds,
             about=self._about,
-            is_stuck=self._is_stuck,
-            on_stuck=self._on_stuck,
+            is_stuck=self._supervisor.is_stuck,
+            on_stuck=self._supervisor.kill_stuck,
             on_reaped=self._claims.look,
             max_attempts=settings.max_attempts,
             metrics=self._metrics,
@@ -148,8 +143,6 @@ class Worker:
             self._claims.look,
         )
         self._adapters = ServedAdapters(self.name, dict(settings.adapters), settings.adapters_dir)
-        self._engine: EngineClient | None = None
-        self._ready: Ready | None = None
         self._step = Step([], [], [])
         """The engine's last one."""
         self._gpu: Gpu | None = None
@@ -163,17 +156,10 @@ class Worker:
         self._metrics.watch_gpu(self._read_gpu)
         self._exporter = _exporter(settings, self._metrics, self._health)
         self._prompts: Prompts | None = None
-        self._failure: str | None = None
-        self._stuck_engine: EngineClient | None = None
-        self._last_progress = time.monotonic()
         self._started_at = time.time()
-        self._ready_since = 0.0
         self._version = _version()
-        self._num_restarts = 0
         self._hurry = threading.Event()
-        self._is_stopping = threading.Event()
-        self._state_changed = threading.Event()
-        self._supervisor = threading.Thread(target=self._supervise, name="engine", daemon=True)
+        self._is_stopping = False
 
     # --- as the pool's ticket taker -----------------------------------------------------------------------------------
 
@@ -186,11 +172,7 @@ class Worker:
         self._control.start()
         self._supervisor.start()
         try:
-            while self._ready is None:
-                check_interrupted()
-                if self._failure is not None:
-                    raise StartFailed(self._failure)
-                self._state_changed.wait(0.1)
+            self._supervisor.wait_until_ready(check_interrupted)
         except BaseException:
             self._hurry.set()
             self.stop()
@@ -238,7 +220,8 @@ class Worker:
         if not self._wait_until_idle(self.settings.grace_seconds):
             logger.info("%d requests are released to other workers", len(self._running))
         self._release_all()
-        self._is_stopping.set()
+        self._is_stopping = True
+        self._supervisor.expect_end()
         self._claims.stop()
         self._control.stop()
         self._leases.stop()
@@ -246,10 +229,7 @@ class Worker:
         self._folding.stop()
         if self._exporter is not None:
             self._exporter.stop()
-        if self._engine is not None:
-            # It has nothing to lose, and is deaf while it loads: an ordinary exit would take seconds.
-            self._engine.kill()
-            self._engine.close()
+        self._supervisor.stop()
         logger.info("stopped")
 
     def _wait_until_idle(self, seconds: float) -> bool:
@@ -270,86 +250,41 @@ class Worker:
 
     # --- the engine ---------------------------------------------------------------------------------------------------
 
-    def _supervise(self) -> None:
-        """Run the engine; when it dies, see to its requests and start it again."""
-        num_in_a_row = 0
-        for life in range(sys.maxsize):
-            death = self._run_engine(is_first=life == 0)
-            if self._is_stopping.is_set():
-                return
-            was_ready, self._ready = self._ready is not None, None
-            self._claims.close()
-            self._failure = death.cause
-            for command_id, reply in self._adapters.give_up():
-                self._reply(command_id, reply)
-            if not was_ready and life == 0:
-                # The operator's mistake rather than bad luck: a restart would not help.
-                self._state_changed.set()
-                return
-            num_lost = self._trials.on_death(death)
-            self._num_restarts += 1
-            self._metrics.engine_restarts.inc()
-            if was_ready and time.monotonic() - self._ready_since > GOOD_LIFE_SECONDS:
-                num_in_a_row = 0
-            pause = RESTART_SECONDS[min(num_in_a_row, len(RESTART_SECONDS) - 1)]
-            num_in_a_row += 1
-            logger.error(
-                "the engine died",
-                reason=death.cause,
-                requests=num_lost,
-                suspects=self._trials.num_left,
-                restart_in_seconds=pause,
-            )
-            if self._is_stopping.wait(pause):
-                return
+    def _engine_config(self, is_first: bool) -> EngineConfig:
+        return engine_config(self.settings, self._adapters, is_first=is_first)
 
-    def _run_engine(self, *, is_first: bool) -> Death:
-        """One life of the engine process."""
-        self._failure = None
-        try:
-            config = engine_config(self.settings, self._adapters, is_first=is_first)
-            engine = self._engine = EngineClient(config, module=ENGINES[self.settings.backend])
-        except ValueError as error:
-            # A setting that only the engine can judge.
-            return Death(str(error))
-        try:
-            for message in engine.messages():
-                self._last_progress = time.monotonic()
-                match message:
-                    case Step():
-                        self._metrics.on_preemptions(message.num_preemptions - self._step.num_preemptions)
-                        self._step = message
-                        self._publisher.on_step(message)
-                        self._trials.on_step()
-                    case Ready():
-                        self._on_ready(message)
-                    case Refused():
-                        self._publisher.on_refused(message)
-                    case AdaptersChanged():
-                        self._on_adapters_changed(message)
-        except EngineDied as error:
-            if engine is self._stuck_engine:
-                cause = f"no step ended for {self.settings.stall_seconds:g} s"
-                return Death(cause, error.prefilling)
-            return Death(error.reason or error.how, error.prefilling, is_from_outside=error.is_killed)
-        except Exception as error:  # the engine's output is a boundary: a new engine may do better
-            logger.exception("the engine's output could not be used")
-            return Death(str(error), engine.prefilling)
-        finally:
-            engine.close()
-        return Death("it was closed")
+    def _on_message(self, message: FromEngine) -> None:
+        match message:
+            case Step():
+                self._metrics.on_preemptions(message.num_preemptions - self._step.num_preemptions)
+                self._step = message
+                self._publisher.on_step(message)
+                self._trials.on_step()
+            case Ready():
+                self._on_ready(message)
+            case Refused():
+                self._publisher.on_refused(message)
+            case AdaptersChanged():
+                self._on_adapters_changed(message)
+
+    def _on_down(self) -> None:
+        self._claims.close()
+        for command_id, reply in self._adapters.give_up():
+            self._reply(command_id, reply)
+
+    def _on_death(self, death: Death) -> Mapping[str, int]:
+        self._metrics.engine_restarts.inc()
+        num_lost = self._trials.on_death(death)
+        return {"requests": num_lost, "suspects": self._trials.num_left}
 
     def _on_ready(self, ready: Ready) -> None:
         settings = self.settings
-        self._ready = ready
         self._step = Step([], [], [], num_free_blocks=ready.num_blocks)
         if self._gpu is None and ready.device.startswith("cuda"):
             self._gpu = Gpu.find(settings.device)
         self._adapters.on_ready(ready)
-        self._ready_since = time.monotonic()
         self._prompts = Prompts(self._tokenizer, ready.context_len, self._adapters)
         self._trials.on_ready()
-        self._state_changed.set()
         logger.info(
             "ready: %s from %s",
             settings.model,
@@ -371,39 +306,18 @@ class Worker:
 
     def _generate(self, generate: Generate) -> None:
         """Raises EngineDied."""
-        if self._running.num_generating <= 1:
-            # It was idle: its silence until now was no lack of progress.
-            self._last_progress = time.monotonic()
-        if self._engine is not None:
-            if (introduction := self._adapters.introduce(generate.adapter)) is not None:
-                self._engine.send(introduction)
-            self._engine.send(generate)
+        if (introduction := self._adapters.introduce(generate.adapter)) is not None:
+            self._supervisor.send(introduction)
+        self._supervisor.generate(generate)
 
     def _abort(self, sequence_id: int) -> None:
         # A dead engine has forgotten it anyway.
-        if self._engine is not None:
-            with contextlib.suppress(EngineDied):
-                self._engine.send(Abort(sequence_id))
+        with contextlib.suppress(EngineDied):
+            self._supervisor.send(Abort(sequence_id))
 
-    def _is_stuck(self) -> bool:
-        if self._running.num_generating == 0:
-            return False
-        silent_seconds = time.monotonic() - self._last_progress
-        return silent_seconds > self.settings.stall_seconds + self._prefill_seconds()
-
-    def _prefill_seconds(self) -> float:
-        """How long the prefill in progress may take, if there is one. On a GPU it is a step like any other."""
-        if self._engine is None or self._ready is None or not self._ready.device.startswith("cpu"):
-            return 0.0
-        sequences = map(self._running.of_sequence, self._engine.prefilling)
-        num_tokens = sum(each.prompt_len + len(each.token_ids) for each in sequences if each is not None)
-        return CPU_PREFILL_SECONDS_PER_TOKEN * num_tokens
-
-    def _on_stuck(self) -> None:
-        """It will not come back by itself. If it cannot even be killed, its leases run out."""
-        if self._engine is not None:
-            self._stuck_engine = self._engine
-            self._engine.kill()
+    def _num_prefill_tokens(self, sequence_ids: frozenset[int]) -> int:
+        sequences = map(self._running.of_sequence, sequence_ids)
+        return sum(each.prompt_len + len(each.token_ids) for each in sequences if each is not None)
 
     # --- adapters -----------------------------------------------------------------------------------------------------
 
@@ -412,9 +326,9 @@ class Worker:
         if message is None:
             return
         try:
-            if self._ready is None or self._engine is None:
+            if self._supervisor.ready is None:
                 raise EngineDied(None, "it is not ready")
-            self._engine.send(message)
+            self._supervisor.send(message)
         except EngineDied:
             for command_id, reply in self._adapters.give_up(command.command_id):
                 self._reply(command_id, reply)
@@ -430,7 +344,7 @@ class Worker:
 
     def _send_reply(self, command_id: str, reply: Reply) -> None:
         keys = self.settings.queue.keys
-        if not self._is_stopping.is_set():
+        if not self._is_stopping:
             # Whoever gave the command may look at what this worker says of itself next.
             self._leases.renew()
         with connect(self.redis_url, timeout_seconds=5.0) as connection:
@@ -478,14 +392,13 @@ class Worker:
 
     def _state(self) -> WorkerState:
         """What a scrape reads, and `glmq status`."""
-        ready, step, adapters = self._ready, self._step, self._adapters.about()
+        ready, step, adapters = self._supervisor.ready, self._step, self._adapters.about()
         running = list(self._running)
         # An idle engine makes no steps, so the last one says nothing about what was aborted since.
         num_generating = self._running.num_generating
         num_running = min(step.num_running, num_generating)
         num_blocks = max(ready.num_blocks - 1, 1) if ready else 0
         device = ready.device if ready else self.settings.device
-        engine = self._engine
         return WorkerState(
             state="draining" if self._claims.is_draining else "ready" if ready else "loading",
             slots=self._claims.slots,
@@ -499,10 +412,10 @@ class Worker:
             loaded_adapters=_names(adapters["adapters_loaded"]),
             running_adapters=sorted({each.adapter for each in running if each.adapter is not None}),
             max_adapters=self.settings.max_adapters,
-            is_stuck=self._is_stuck(),
+            is_stuck=self._supervisor.is_stuck(),
             renewal_age_seconds=self._leases.renewal_age_seconds,
             load_seconds=ready.load_seconds if ready else 0.0,
-            engine_pid=engine.pid if engine is not None and engine.is_alive else None,
+            engine_pid=self._supervisor.pid,
             info={
                 "worker": self.name,
                 "version": self._version,
@@ -513,9 +426,9 @@ class Worker:
         )
 
     def _health(self) -> tuple[bool, str]:
-        if self._is_stuck():
+        if self._supervisor.is_stuck():
             return False, "stuck"
-        if self._ready is None:
+        if self._supervisor.ready is None:
             return False, "loading"
         return True, "draining" if self._claims.is_draining else "ready"
 
@@ -537,7 +450,7 @@ class Worker:
             "first_token": encode_counts(self._metrics.recent_first_token.counts()),
             "between_tokens": encode_counts(self._metrics.recent_between_tokens.counts()),
             "state": state.state,
-            "restarts": self._num_restarts,
+            "restarts": self._supervisor.num_restarts,
             "metrics": "" if self._exporter is None else self._exporter.address,
             **self._adapters.about(),
             "host": socket.gethostname(),
@@ -637,7 +550,7 @@ def compose(settings: WorkerSettings) -> Celery:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m workers`: one worker in the foreground. Returns the exit code: 0 after a drain."""
-    options = vars(_parser().parse_args(argv))
+    options = vars(parser().parse_args(argv))
     # First of all with the defaults, so that a bad setting can be told.
     set_up()
     keep_log()
@@ -650,105 +563,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.critical("cannot start: %s", error)
         return 1
     return run_celery(app)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="glmq worker",
-        description="Answers chat and summary requests from the queue with one engine on one device. "
-        "SIGTERM or Ctrl-C drains: nothing new is taken, running requests finish within the grace time; "
-        "a second one releases them at once.",
-        epilog="Each option has an environment variable (GLMQ_CHECKPOINT and so on), which the option overrides. "
-        "Redis is found by REDIS_URL, else it is the embedded server that `glmq up` started.",
-    )
-    parser.add_argument("--model", help="name under which requests ask for it (default: GLMQ_MODEL)")
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="its folder (default: the bundled demo)"
-    )
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the computation (default: auto)")
-    parser.add_argument(
-        "--quantize",
-        choices=QUANTIZE,
-        help="linear layers of an fp16 checkpoint to int8, int4 or (GPU) fp8 while loading (faster: glmq quantize, once)",
-    )
-    parser.add_argument(
-        "--quantize-head", action="store_true", default=None, help="the head to int8 while loading"
-    )
-    parser.add_argument(
-        "--activations",
-        choices=ACTIVATIONS,
-        help="of quantized layers on a CPU: int8 (fast), full (exact); auto: int8",
-    )
-    parser.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        help="native, or reference: the checkpoint's own code on transformers, one request at a time",
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        default=None,
-        help="let the reference backend run the Python files of the checkpoint's folder",
-    )
-    parser.add_argument("--slots", type=int, help="requests answered at the same time (default: 64)")
-    parser.add_argument(
-        "--context", type=int, dest="context_len", metavar="TOKENS", help="prompt and answer together"
-    )
-    parser.add_argument("--cache-gib", type=float, metavar="GIB", help="memory for the KV cache")
-    parser.add_argument(
-        "--cache-dtype", choices=CACHE_DTYPES, help="int8: twice the tokens in the KV cache (GPU only)"
-    )
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        dest="adapters",
-        metavar="NAME=PATH",
-        help="a LoRA adapter (PEFT's folder), loaded at the start, for requests that name it; may be repeated",
-    )
-    parser.add_argument(
-        "--adapters-dir",
-        type=Path,
-        metavar="PATH",
-        help="each folder in it is an adapter of that name, loaded when a request first names it",
-    )
-    parser.add_argument(
-        "--merge",
-        action="store_true",
-        default=None,
-        dest="merge_adapter",
-        help="add the one --adapter to the weights: every request is answered with it",
-    )
-    parser.add_argument(
-        "--max-adapters",
-        type=int,
-        metavar="N",
-        help="adapters in memory at the same time; the least recently used one makes room (default: 8)",
-    )
-    parser.add_argument(
-        "--max-adapter-rank", type=int, metavar="R", help="refuse adapters of a larger rank (default: 64)"
-    )
-    parser.add_argument(
-        "--threads", type=int, dest="num_threads", metavar="N", help="CPU threads of the engine"
-    )
-    parser.add_argument(
-        "--grace-seconds",
-        type=float,
-        metavar="S",
-        help="how long a drain waits for running requests (default: 25)",
-    )
-    parser.add_argument(
-        "--metrics-port",
-        type=int,
-        metavar="PORT",
-        help="metrics are served at http://GLMQ_METRICS_HOST:PORT/metrics, PORT plus the GPU's index; 0: not at all "
-        "(default: from 9750 on the first that is free, on 127.0.0.1)",
-    )
-    parser.add_argument("--log-level", choices=LEVELS, help="default: INFO")
-    parser.add_argument(
-        "--log-format", choices=FORMS, dest="log_form", help="auto: console at a terminal, else json"
-    )
-    return parser
 
 
 def __getattr__(name: str) -> Any:

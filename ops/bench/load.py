@@ -36,8 +36,8 @@ from workers.adapters import ServedAdapters
 from workers.engine.client import ENGINE_MODULE, EngineClient
 from workers.engine.messages import Generate, Sampling, Step
 from workers.models.tokenizer import Tokenizer
+from workers.options import parser as worker_parser
 from workers.settings import WorkerSettings
-from workers.worker import _parser as worker_parser
 from workers.worker import engine_config
 
 ROOT = Path(__file__).parents[2]

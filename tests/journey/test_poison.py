@@ -113,6 +113,14 @@ def test_an_engine_that_hangs_is_killed_and_everything_goes_on(new_worker: NewWo
     assert "the engine makes no progress" in worker.log
 
 
+def test_an_engine_that_hangs_while_it_loads_is_killed_and_the_operator_told(new_worker: NewWorker) -> None:
+    worker = new_worker(ready=False, program=PROGRAM, GLMQ_LOAD_SECONDS="1", POISONED_LOADING="1")
+
+    assert worker.process.wait(30) == 1
+    assert "the model was not loaded after 1 s" in worker.log
+    assert "GLMQ_LOAD_SECONDS" in worker.log
+
+
 def test_two_suspects_of_which_one_is_innocent(new_worker: NewWorker, client: Client) -> None:
     # Both wait for a place, and then are prefilled together.
     new_worker("--slots", "3", program=PROGRAM)

@@ -14,7 +14,8 @@ from tests.workers.conftest import wait_for
 from workers.engine.client import EngineDied
 from workers.engine.messages import Generate
 from workers.running import RunningRequest
-from workers.trials import TRIAL_TOKENS, Death, Trials
+from workers.supervisor import Death
+from workers.trials import TRIAL_TOKENS, Trials
 
 NewBench = Callable[..., Any]
 CRASH = "signal 11"
