@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from workers.logs import FORMS, LEVELS
-from workers.settings import ACTIVATIONS, BACKENDS, CACHE_DTYPES, DTYPES, QUANTIZE
+from workers.settings import ACTIVATIONS, BACKENDS, CACHE_DTYPES, DTYPES, QUANTIZE, SPECULATION
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,6 +37,11 @@ def parser() -> argparse.ArgumentParser:
         "--activations",
         choices=ACTIVATIONS,
         help="of quantized layers on a CPU: int8 (fast), full (exact); auto: int8",
+    )
+    options.add_argument(
+        "--speculation",
+        choices=SPECULATION,
+        help="auto: answers that copy from their prompt get several tokens a step, the same ones (default); off: never",
     )
     options.add_argument(
         "--backend",

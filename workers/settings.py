@@ -17,7 +17,13 @@ from producer.contract import InvalidRequest, InvalidSetting
 from producer.contract.control import check_adapter_name
 from producer.contract.keys import MAX_ATTEMPTS
 from producer.settings import Settings
-from workers.engine.config import ActivationsSetting, CacheSetting, DtypeSetting, QuantizeSetting
+from workers.engine.config import (
+    ActivationsSetting,
+    CacheSetting,
+    DtypeSetting,
+    QuantizeSetting,
+    SpeculationSetting,
+)
 from workers.logs import FORMS, LEVELS, Form
 
 DEMO_CHECKPOINT = Path(__file__).parent / "models" / "demo"
@@ -25,6 +31,7 @@ DTYPES: tuple[DtypeSetting, ...] = get_args(DtypeSetting)
 QUANTIZE: tuple[QuantizeSetting, ...] = get_args(QuantizeSetting)
 CACHE_DTYPES: tuple[CacheSetting, ...] = get_args(CacheSetting)
 ACTIVATIONS: tuple[ActivationsSetting, ...] = get_args(ActivationsSetting)
+SPECULATION: tuple[SpeculationSetting, ...] = get_args(SpeculationSetting)
 Backend = Literal["native", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
@@ -52,6 +59,8 @@ class WorkerSettings:
     """The head becomes int8, too."""
     activations: ActivationsSetting = "auto"
     """Of quantized layers on a CPU: int8 is fast, full is exact."""
+    speculation: SpeculationSetting = "auto"
+    """auto: answers that copy from their prompt get several tokens a step, the same ones, while few requests run; off: never."""
     backend: Backend = "native"
     """native, or reference: the checkpoint's own code on transformers."""
     trust_remote_code: bool = False
@@ -197,6 +206,12 @@ class WorkerSettings:
                 f"{self.activations!r} is unknown",
                 f"Use one of {', '.join(ACTIVATIONS)}.",
             )
+        if self.speculation not in SPECULATION:
+            raise InvalidSetting(
+                "GLMQ_SPECULATION",
+                f"{self.speculation!r} is unknown",
+                f"Use {' or '.join(SPECULATION)}.",
+            )
 
     def _check_trust(self) -> None:
         if not self.trust_remote_code:
@@ -289,6 +304,7 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "dtype": ("GLMQ_DTYPE", str),
     "quantize": ("GLMQ_QUANTIZE", str),
     "activations": ("GLMQ_ACTIVATIONS", str),
+    "speculation": ("GLMQ_SPECULATION", str),
     "backend": ("GLMQ_BACKEND", str),
     "slots": ("GLMQ_SLOTS", int),
     "context_len": ("GLMQ_CONTEXT", int),

@@ -525,6 +525,7 @@ def engine_config(settings: WorkerSettings, adapters: ServedAdapters, *, is_firs
         quantize=settings.quantize,
         quantize_head=settings.quantize_head,
         activations=settings.activations,
+        speculation=settings.speculation,
         max_num_seqs=settings.slots,
         cache_gib=settings.cache_gib,
         cache_dtype=settings.cache_dtype,

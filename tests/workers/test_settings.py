@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from producer.contract import InvalidSetting
+from workers.adapters import ServedAdapters
+from workers.options import parser
 from workers.settings import WorkerSettings, named_folders
+from workers.worker import engine_config
 
 REDIS = {"REDIS_URL": "redis://somewhere:6379/0"}
 
@@ -48,6 +51,7 @@ def test_two_workers_never_have_the_same_name() -> None:
         ("GLMQ_FLUSH_SECONDS", "nan"),
         ("GLMQ_LEASE_SECONDS", "0.1"),
         ("GLMQ_MODEL", "no name"),
+        ("GLMQ_SPECULATION", "on"),
     ],
 )
 def test_a_bad_value_is_refused_by_the_name_of_its_variable(variable: str, value: str) -> None:
@@ -56,6 +60,26 @@ def test_a_bad_value_is_refused_by_the_name_of_its_variable(variable: str, value
 
     assert refused.value.name == variable
     assert variable in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "argv", "expected"),
+    [
+        (None, [], "auto"),
+        ("off", [], "off"),
+        (None, ["--speculation", "off"], "off"),
+        ("off", ["--speculation", "auto"], "auto"),
+    ],
+)
+def test_speculation_reaches_the_engine_from_the_variable_and_the_option(
+    variable: str | None, argv: list[str], expected: str
+) -> None:
+    environ = REDIS if variable is None else {**REDIS, "GLMQ_SPECULATION": variable}
+    settings = WorkerSettings.from_environ(environ, **vars(parser().parse_args(argv)))
+
+    config = engine_config(settings, ServedAdapters(settings.worker_id), is_first=True)
+
+    assert (settings.speculation, config.speculation) == (expected, expected)
 
 
 def test_adapters_are_named_folders(tmp_path: Path) -> None:
