@@ -94,7 +94,7 @@ def _table(measured: Sequence[Measured], title: str) -> Table:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="glmq evaluate",
-        description="Measures a checkpoint unquantized, in int8 and in int4, with and without an adapter: the perplexity of a "
+        description="Measures a checkpoint unquantized, in int8, in int4 and, on a GPU that has it, in fp8, with and without an adapter: the perplexity of a "
         "text, how often the likeliest next token is the same as unquantized, and the divergence of the predictions (KL, in "
         "nats). Prints a table and draws it.",
         epilog="The unquantized predictions are kept in memory: for a 6B model and 4096 tokens, 2 GB.",

@@ -13,7 +13,6 @@ import functools
 import itertools
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,7 +40,7 @@ HEAD = (130528, 4096)
 READ_BYTES_PER_SECOND = 3.03e12
 
 
-def candidates(weight_format: str, rows: int, in_features: int) -> list[Plan]:
+def candidates(weight_format: str, rows: int, out_features: int, in_features: int) -> list[Plan]:
     chunks = in_features // 64
     plans: list[Plan] = []
     tiles = -(-rows // 8)
@@ -64,17 +63,26 @@ def candidates(weight_format: str, rows: int, in_features: int) -> list[Plan]:
                     plans.append(WarpPlan(tiles, row_tiles, split, prefetch, stages, 24 // split))
     if weight_format in ("INT4", "INT8") and rows > 4:
         batch = next(size for size in (8, 16, 24, 32, 48, 64, 96, 128) if size >= rows)
-        for (groups, tall), split, prefetch, stages in itertools.product(
-            ((2, 1), (2, 2), (3, 1), (4, 1), (4, 2)), (1, 2, 4, 8), (4,), (4, 6)
+        for (groups, tall), split, k_groups, (prefetch, stages), min_blocks in itertools.product(
+            ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2)),
+            (1, 2, 4, 8),
+            (1, 2, 4),
+            ((4, 4), (4, 8), (8, 8)),
+            (1, 2),
         ):
-            registers = batch * tall // 2 + tall * (16 + 4 * prefetch) + 40
-            plan = GroupPlan(batch, tall, split, prefetch, stages, 1, groups)
-            if groups == 2 and registers <= 120:
-                plan = replace(plan, min_blocks=2)
+            plan = GroupPlan(batch, tall, split, prefetch, stages, min_blocks, groups, k_groups)
+            vectors = {"INT4": 1}.get(weight_format, 2)
+            registers = batch * tall // 2 + tall * (16 + 4 * prefetch * vectors) + 32
+            num_blocks = -(-out_features // plan.num_rows) * split
             if (
-                chunks // split % prefetch == 0
-                and registers * groups * 128 <= 65536
-                and (shared_bytes(plan) + BARRIER_BYTES) * plan.min_blocks <= MAX_SHARED_BYTES
+                plan.num_threads <= 768
+                # Neither most of the GPU idle nor several rounds of blocks.
+                and 56 <= num_blocks <= 300
+                and 200 <= num_blocks * groups * k_groups * tall <= 1600
+                and chunks // (split * k_groups) % prefetch == 0
+                and chunks // (split * k_groups) >= prefetch
+                and registers * plan.num_threads * min_blocks <= 65536
+                and (shared_bytes(plan) + BARRIER_BYTES) * min_blocks <= MAX_SHARED_BYTES
             ):
                 plans.append(plan)
     return plans
@@ -169,7 +177,7 @@ def main() -> None:
 
     started = time.perf_counter()
     plans = {
-        (weight_format, name, rows): candidates(weight_format, rows, shape[1])
+        (weight_format, name, rows): candidates(weight_format, rows, *shape)
         for weight_format in arguments.formats
         for name, shape in shapes.items()
         for rows in arguments.rows

@@ -260,6 +260,11 @@ def test_adapters_come_and_go_while_sequences_run(new_engine, folders) -> None:
     assert engine.adapters.names == ["b", "c"]
 
 
+def resident_bytes() -> int:
+    """Of this process."""
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 LOAD_SECONDS = float(os.environ.get("GLMQ_TEST_LOAD_SECONDS", "20"))
 
 
@@ -274,14 +279,16 @@ def test_mixed_load_leaves_memory_where_it_was_and_loses_nobody(new_engine, fold
     counts: dict[int, int] = {}
     refused: set[int] = set()
     aborted: set[int] = set()
-    number = 0
+    number = num_steps = 0
 
     def turn_all() -> None:
+        nonlocal num_steps
         for message in engine.settle():
             if isinstance(message, Refused):
                 refused.add(message.sequence_id)
         if engine.has_work:
             step = engine.step()
+            num_steps += 1
             for sequence_id, reason in zip(step.sequence_ids, step.finish_reasons, strict=True):
                 assert sequence_id not in ended
                 assert sequence_id not in aborted
@@ -328,10 +335,11 @@ def test_mixed_load_leaves_memory_where_it_was_and_loses_nobody(new_engine, fold
     begin = time.monotonic()
     turmoil(begin + LOAD_SECONDS / 4)
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before, resident = torch.cuda.memory_allocated(), resident_bytes()
     turmoil(begin + LOAD_SECONDS)
     torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() <= before + (1 << 20)
+    after = torch.cuda.memory_allocated()
+    assert after <= before + (1 << 20)
 
     # One that was aborted in the step that ended it counts as either.
     assert ended.keys() | aborted | refused == wanted.keys()
@@ -343,8 +351,9 @@ def test_mixed_load_leaves_memory_where_it_was_and_loses_nobody(new_engine, fold
     assert engine.scheduler.num_preemptions > 0
     assert engine.speculation.num_accepted > 0
     print(
-        f"{number} sequences, {len(aborted)} aborted, {engine.scheduler.num_preemptions} preemptions, "
-        f"{engine.speculation.num_accepted} drafted tokens drawn"
+        f"{number} sequences, {num_steps} steps, {len(aborted)} aborted, {engine.scheduler.num_preemptions} preemptions, "
+        f"{engine.speculation.num_accepted} drafted tokens drawn; GPU memory {before} to {after} bytes, "
+        f"resident {resident >> 20} to {resident_bytes() >> 20} MiB"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.engine.messages import Generate, Sampling
+from workers.engine.model_runner import Launched
+from workers.engine.scheduler import Schedule
+from workers.engine.speculation import FIRST_PAUSE
 from workers.models.chatglm import ChatGLM
 from workers.models.config import ModelConfig
 from workers.models.layout import Layout
@@ -187,3 +191,43 @@ def test_drafts_leave_the_answers_as_they_are(new_engine, weights: str, cache_dt
     # Wherever two answers part, it was a close call: most of all tokens are the same.
     same = sum(a == b for key in found for a, b in zip(found[key], without[key], strict=False))
     assert same / sum(map(len, without.values())) > 0.8
+
+
+def test_drafts_that_cost_more_than_they_bring_pause_and_come_back(new_engine) -> None:
+    plain, drafting = new_engine(speculation="off"), new_engine()
+    launch, has_drafts, seconds = drafting._runner.launch, [], 0.0
+
+    def slowly(schedule: Schedule) -> Launched:
+        if not schedule.is_prefill:
+            has_drafts.append(schedule.drafts is not None)
+        if schedule.drafts is not None:
+            time.sleep(seconds)
+        return launch(schedule)
+
+    drafting._runner.launch = slowly
+
+    def say(first_id: int, count: int) -> float:
+        """The share of steps with drafts, while so many answers come one after another, the same as without drafts."""
+        del has_drafts[:]
+        found: dict[int, list[int]] = {}
+        without: dict[int, list[int]] = {}
+        for index in range(first_id, first_id + count):
+            sampling = Sampling(max_new_tokens=100, min_new_tokens=100, seed=index, temperature=0.0)
+            message = Generate(index, [*REPETITIVE[index % 7 :], 1001, 1004], sampling)
+            for engine, answers in ((plain, without), (drafting, found)):
+                assert engine.add(message) is None
+                run(engine, answers)
+        assert share_equal(found, without) > 0.6
+        return sum(has_drafts) / len(has_drafts)
+
+    free = say(0, 10)
+    assert free > 0.1
+    # As if a step with drafts took longer than all that it brings.
+    seconds = 0.05
+    paused = say(100, 20)
+    print(f"{free:.0%} of the steps had drafts; {paused:.0%} while they were slow")
+    assert paused < free / 2
+    runs = "".join(".x"[one] for one in has_drafts).split("x")
+    assert max(map(len, runs)) >= FIRST_PAUSE
+    seconds = 0.0
+    assert say(200, 30) > paused

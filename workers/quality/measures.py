@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from workers.models.cuda_chatglm import CudaChatGLM
 from workers.models.network import Network
 from workers.models.prefill import pack_sequences
 from workers.models.tokenizer import Tokenizer
@@ -57,7 +58,10 @@ class Quality:
 
 
 def predictions(
-    model: Network, tokenizer: Tokenizer, sequences: Sequence[sample.Sequence], adapter_slot: int = 0
+    model: Network | CudaChatGLM,
+    tokenizer: Tokenizer,
+    sequences: Sequence[sample.Sequence],
+    adapter_slot: int = 0,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """([N, V] log-probabilities, [N] targets) of a few sequences after another, float32, on the model's device."""
     for group in _groups(sequences):

@@ -42,8 +42,8 @@ class WarpPlan:
 
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
-    """A build of `linear_wgmma.cu`: Hopper, int4 and int8. `batch` rows, 64 * `groups` * `tall` outputs a block, K cut in
-    `split`."""
+    """A build of `linear_wgmma.cu`: Hopper, int4 and int8. `batch` rows, 64 * `groups` * `tall` outputs a block; K is cut in
+    `split` between blocks, and in `k_groups` within one."""
 
     batch: int
     tall: int
@@ -52,6 +52,11 @@ class GroupPlan:
     stages: int = 5
     min_blocks: int = 1
     groups: int = 2
+    k_groups: int = 1
+
+    @property
+    def num_threads(self) -> int:
+        return 128 * self.groups * self.k_groups
 
     @property
     def num_rows(self) -> int:
@@ -85,8 +90,13 @@ def linear_kernel(
             "SCALED": int(weight_format != "F16"),
         }
         return Kernel("linear.cu", "linear", "pppppi", defines, plan.split * 32, shared_bytes(plan))
-    defines |= {"BATCH": plan.batch, "TALL": plan.tall, "GROUPS": plan.groups}
-    return Kernel("linear_wgmma.cu", "linear", "mppppi", defines, 128 * plan.groups, shared_bytes(plan))
+    defines |= {
+        "BATCH": plan.batch,
+        "TALL": plan.tall,
+        "GROUPS": plan.groups,
+        "K_GROUPS": plan.k_groups,
+    }
+    return Kernel("linear_wgmma.cu", "linear", "mppppi", defines, plan.num_threads, shared_bytes(plan))
 
 
 def linear_grid(plan: Plan, out_features: int) -> tuple[int, ...]:
@@ -144,70 +154,70 @@ _PLANS: Final[dict[tuple[Format, Shape], tuple[tuple[int, Plan], ...]]] = {
     ("INT4", "fused"): (
         (8, WarpPlan(1, 2, 8, 2)),
         (16, WarpPlan(2, 2, 8, 2)),
-        (24, GroupPlan(24, 2, 4, 4, 6, 1)),
-        (32, GroupPlan(32, 1, 2, 4, 4, 2)),
-        (48, GroupPlan(48, 1, 2, 4, 6, 2)),
-        (64, GroupPlan(64, 1, 2, 4, 4, 1, 3)),
-        (96, GroupPlan(96, 1, 2, 4, 6, 1, 3)),
-        (128, GroupPlan(128, 1, 2, 4, 6, 1, 3)),
+        (24, GroupPlan(24, 2, 1, 4, 8, 1, 1, 4)),
+        (32, GroupPlan(32, 2, 1, 4, 8, 1, 1, 4)),
+        (48, GroupPlan(48, 1, 2, 8, 8, 1, 3)),
+        (64, GroupPlan(64, 1, 2, 8, 8, 1, 3)),
+        (96, GroupPlan(96, 1, 2, 4, 4, 1, 3)),
+        (128, GroupPlan(128, 1, 2, 4, 4, 1, 3)),
     ),
     ("INT4", "tall"): (
         (8, WarpPlan(1, 2, 8, 2)),
         (16, WarpPlan(2, 2, 8, 2)),
-        (24, WarpPlan(3, 4, 8, 2, 2)),
-        (32, GroupPlan(32, 2, 2, 4, 6, 1)),
-        (48, GroupPlan(48, 1, 2, 4, 6, 1, 4)),
-        (64, GroupPlan(64, 1, 2, 4, 4, 2)),
-        (96, GroupPlan(96, 1, 2, 4, 6, 2)),
-        (128, GroupPlan(128, 1, 2, 4, 4, 1)),
+        (24, GroupPlan(24, 2, 1, 4, 8, 1, 1, 4)),
+        (32, GroupPlan(32, 2, 1, 4, 8, 1, 1, 4)),
+        (48, GroupPlan(48, 1, 1, 8, 8, 1, 2, 2)),
+        (64, GroupPlan(64, 1, 1, 4, 4, 1, 2, 2)),
+        (96, GroupPlan(96, 1, 1, 4, 4, 1, 2, 2)),
+        (128, GroupPlan(128, 1, 1, 4, 4, 1, 2, 2)),
     ),
     ("INT4", "square"): (
         (8, WarpPlan(1, 2, 16, 4)),
         (16, WarpPlan(2, 2, 16, 2)),
-        (24, GroupPlan(24, 1, 8, 4, 4, 1, 3)),
-        (32, WarpPlan(4, 2, 8, 4, 2)),
-        (48, WarpPlan(6, 2, 8, 4, 2)),
-        (64, GroupPlan(64, 1, 4, 4, 4, 1, 3)),
-        (96, GroupPlan(96, 1, 4, 4, 4, 1, 3)),
-        (128, GroupPlan(128, 1, 4, 4, 4, 1, 3)),
+        (24, GroupPlan(24, 1, 2, 4, 4, 1, 1, 4)),
+        (32, GroupPlan(32, 1, 2, 4, 4, 1, 1, 4)),
+        (48, GroupPlan(48, 1, 2, 4, 4, 1, 1, 4)),
+        (64, GroupPlan(64, 1, 2, 4, 4, 1, 1, 4)),
+        (96, GroupPlan(96, 1, 2, 8, 8, 1, 1, 2)),
+        (128, GroupPlan(128, 1, 2, 4, 4, 1, 1, 2)),
     ),
     ("INT4", "wide"): (
         (8, WarpPlan(1, 1, 16, 2)),
         (16, WarpPlan(2, 2, 16, 8)),
-        (24, GroupPlan(24, 1, 8, 4, 4, 1, 3)),
-        (32, GroupPlan(32, 1, 8, 4, 4, 2)),
-        (48, GroupPlan(48, 1, 8, 4, 4, 1, 3)),
-        (64, GroupPlan(64, 1, 8, 4, 6, 1, 3)),
-        (96, GroupPlan(96, 1, 4, 4, 4, 1, 3)),
-        (128, GroupPlan(128, 1, 4, 4, 4, 1, 3)),
+        (24, GroupPlan(24, 1, 2, 4, 4, 1, 1, 4)),
+        (32, GroupPlan(32, 1, 2, 4, 4, 1, 1, 4)),
+        (48, GroupPlan(48, 1, 2, 8, 8, 1, 1, 4)),
+        (64, GroupPlan(64, 1, 2, 4, 4, 1, 1, 4)),
+        (96, GroupPlan(96, 1, 2, 4, 4, 1, 1, 4)),
+        (128, GroupPlan(128, 1, 2, 4, 4, 1, 1, 2)),
     ),
     ("INT8", "fused"): (
         (8, WarpPlan(1, 1, 8, 2)),
         (16, WarpPlan(2, 2, 4, 4)),
-        (32, GroupPlan(32, 1, 2, 4, 6, 2)),
-        (64, GroupPlan(64, 1, 2, 4, 6, 2)),
-        (128, GroupPlan(128, 1, 2, 4, 6, 1, 3)),
+        (32, GroupPlan(32, 1, 1, 8, 8, 1, 1, 2)),
+        (64, GroupPlan(64, 1, 1, 4, 4, 2, 1, 2)),
+        (128, GroupPlan(128, 1, 2, 4, 8, 1, 3)),
     ),
     ("INT8", "tall"): (
         (8, WarpPlan(1, 1, 8, 2)),
         (16, WarpPlan(2, 2, 4, 4)),
-        (32, GroupPlan(32, 1, 2, 4, 6, 2)),
-        (64, GroupPlan(64, 1, 2, 4, 6, 2)),
-        (128, GroupPlan(128, 1, 2, 4, 4, 1)),
+        (32, GroupPlan(32, 1, 1, 8, 8, 2, 1, 2)),
+        (64, GroupPlan(64, 1, 1, 4, 4, 2, 1, 2)),
+        (128, GroupPlan(128, 2, 1, 4, 4, 1, 1, 2)),
     ),
     ("INT8", "square"): (
         (8, WarpPlan(1, 1, 16, 2)),
         (16, WarpPlan(2, 2, 16, 2)),
-        (32, WarpPlan(4, 2, 8, 4, 2)),
-        (64, GroupPlan(64, 1, 4, 4, 6, 1, 3)),
-        (128, GroupPlan(128, 1, 4, 4, 6, 1, 3)),
+        (32, GroupPlan(32, 1, 2, 4, 4, 1, 1, 4)),
+        (64, GroupPlan(64, 1, 2, 8, 8, 1, 1, 2)),
+        (128, GroupPlan(128, 1, 2, 4, 4, 1, 1, 2)),
     ),
     ("INT8", "wide"): (
         (8, WarpPlan(1, 2, 16, 4)),
         (16, WarpPlan(2, 2, 16, 2)),
-        (32, WarpPlan(4, 2, 8, 4, 4)),
-        (64, GroupPlan(64, 1, 4, 4, 6, 1, 3)),
-        (128, GroupPlan(128, 1, 4, 4, 6, 1, 3)),
+        (32, GroupPlan(32, 1, 2, 8, 8, 1, 1, 4)),
+        (64, GroupPlan(64, 1, 2, 4, 4, 1, 1, 4)),
+        (128, GroupPlan(128, 1, 2, 4, 4, 1, 1, 2)),
     ),
     ("F16", "tall"): ((8, WarpPlan(1, 1, 16, 2)), (16, WarpPlan(2, 2, 16, 2))),
     ("F16", "square"): ((8, WarpPlan(1, 1, 16, 2)), (16, WarpPlan(2, 2, 16, 2))),
@@ -242,12 +252,12 @@ class Card:
 
 
 def shared_bytes(plan: Plan) -> int:
-    """Dynamic shared memory of a block: the ring of activations, and later the sums in its place."""
+    """Dynamic shared memory of a block: the rings of activations, and later the sums in their place."""
     if isinstance(plan, WarpPlan):
         ring = plan.stages * plan.batch_tiles * 1024
         return plan.split * max(ring, plan.row_tiles * plan.batch_tiles * 512)
     ring = plan.stages * (-(-plan.batch * 128 // 1024) * 1024)
-    return max(ring, plan.batch * (plan.num_rows + 4) * 4)
+    return plan.k_groups * max(ring, plan.batch * (plan.num_rows + 4) * 4)
 
 
 BARRIER_BYTES: Final = 1024
@@ -268,11 +278,13 @@ def plan_for(
         return None
     chunks = in_features // 64
     if isinstance(plan, GroupPlan):
-        split = min(plan.split, chunks)
-        while chunks % split:
-            split //= 2
-        if card.capability == (9, 0) and chunks // split % 2 == 0:
-            return replace(plan, split=split, prefetch=min(plan.prefetch, chunks // split))
+        # Each set of warpgroups takes an even number of chunks.
+        split, k_groups = plan.split, plan.k_groups
+        while chunks % (2 * split * k_groups) and split * k_groups > 1:
+            split, k_groups = (split // 2, k_groups) if split > 1 else (split, k_groups // 2)
+        steps = chunks // (split * k_groups)
+        if card.capability == (9, 0) and steps % 2 == 0:
+            return replace(plan, split=split, k_groups=k_groups, prefetch=min(plan.prefetch, steps))
         if num_rows > 64:
             return None
         plan = WarpPlan(-(-num_rows // 8), 2, 8, 4, 2)

@@ -36,9 +36,9 @@ def test_every_plan_fits_its_card_and_takes_its_batch(card, weight_format):
             if isinstance(plan, GroupPlan):
                 assert card is H100
                 assert plan.batch >= rows
-                # Two chunks go round in a stage's buffers, and every part of K is as long as the others.
-                assert chunks % plan.split == 0
-                assert chunks // plan.split % 2 == 0
+                # Every set of warpgroups has as much of K as the others, an even number of chunks.
+                assert chunks % (2 * plan.split * plan.k_groups) == 0
+                assert plan.num_threads <= 1024
             else:
                 assert plan.batch_tiles * 8 >= rows
                 assert plan.split <= max(chunks, 1) or plan.split <= 8
@@ -64,6 +64,7 @@ def kernels() -> list[cuda_driver.Kernel]:
         linear_kernel(WarpPlan(2, 2, 8, 2), "INT8", *shape, True, False),
         linear_kernel(WarpPlan(1, 1, 8, 2), "F16", *shape, False, False),
         linear_kernel(GroupPlan(64, 1, 2, 4), "INT4", *shape, True, False),
+        linear_kernel(GroupPlan(64, 1, 2, 4, 4, 1, 1, 4), "INT8", *shape, True, True),
         cuda_ops._norm_kernel(4096, "RESIDUAL", False, False),
         cuda_ops._norm_kernel(4096, "PACKED_EMBEDDING", False, False),
         cuda_ops._rows_kernel(16384, False, True, False),

@@ -1,29 +1,32 @@
 // y[M, N] = x[M, K] W[N, K]^T * scale + bias for a batch of 9 to 128 rows on Hopper: each int4 or int8 weight is read once,
 // widened to fp16 in registers and fed to wgmma from there, with the batch as the narrow side.
 //
-// A block of GROUPS warpgroups owns 64 * GROUPS * TALL output rows and the whole batch; a cluster of SPLIT blocks shares K and
-// adds up through distributed shared memory, in a fixed order. Activations go through a ring of stages of 64 k, which the
-// copy engine fills: written by the threads themselves, each stage would need a fence that also waits for the weights on
-// their way.
+// A block owns 64 * GROUPS * TALL output rows and the whole batch. K is shared by K_GROUPS sets of GROUPS warpgroups in it,
+// and by a cluster of SPLIT blocks; sums are added up through (distributed) shared memory, in a fixed order. Activations
+// go through a ring of stages of 64 k for each set, which the copy engine fills: written by the threads themselves, each
+// stage would need a fence that also waits for the weights on their way. Warpgroups do not wait for each other, only for
+// full and free stages, so that one widens weights while another multiplies.
 //
-// Given at compile time: N, K, FORMAT, BATCH, GROUPS, TALL, SPLIT, PREFETCH, STAGES, MIN_BLOCKS, BIAS, GELU.
+// Given at compile time: N, K, FORMAT, BATCH, GROUPS, K_GROUPS, TALL, SPLIT, PREFETCH, STAGES, MIN_BLOCKS, BIAS, GELU.
 #include "device.cuh"
 #include "wgmma.cuh"
 
 enum { INT4, INT8 };
 
-constexpr int THREADS = GROUPS * 128;
+constexpr int SET_WARPS = GROUPS * 4;
+constexpr int THREADS = K_GROUPS * SET_WARPS * WARP;
 constexpr int CHUNK = 64;
 constexpr int CHUNKS = K / CHUNK;
-constexpr int STEPS = CHUNKS / SPLIT;
+constexpr int STEPS = CHUNKS / (SPLIT * K_GROUPS);  // of one set
 constexpr int TILES = N / 16;
 constexpr int ROWS = GROUPS * TALL * 64;
 constexpr int VECTORS = FORMAT == INT4 ? 1 : 2;
 constexpr int STAGE_BYTES = (BATCH * 128 + 1023) / 1024 * 1024;
-constexpr int AHEAD = STAGES - 2;
+// A stage is filled anew some steps after its last reader, so that the copy engine rarely waits for a slow warpgroup.
+constexpr int AHEAD = STAGES > 4 ? STAGES - 3 : STAGES - 2;
 constexpr int PITCH = ROWS + 4;
 
-static_assert(CHUNKS % SPLIT == 0 && STEPS % 2 == 0 && N % 16 == 0);
+static_assert(CHUNKS % (SPLIT * K_GROUPS) == 0 && STEPS % 2 == 0 && N % 16 == 0);
 
 DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
@@ -40,7 +43,11 @@ struct alignas(64) TensorMap {
     u64 words[16];
 };
 
-DEVICE void barrier_init(u32 barrier) { asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory"); }
+DEVICE void barrier_init(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+DEVICE void barrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory"); }
 
 // The copy engine fills a stage with 64 k of all rows from `column` on, swizzled, and then completes the barrier's phase.
 DEVICE void fetch_tile(const TensorMap& map, u32 stage, u32 barrier, int column) {
@@ -87,10 +94,15 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
 linear(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, const float* __restrict__ scales,
        const u16* __restrict__ bias, u16* y, int num_rows) {
     extern __shared__ __align__(1024) u8 shared[];
-    __shared__ u64 filled[STAGES];
+    __shared__ u64 filled[K_GROUPS][STAGES], freed[K_GROUPS][STAGES];
     const int lane = threadIdx.x % WARP;
-    const int warp = threadIdx.x / WARP;
-    const int first_chunk = blockIdx.x * STEPS;
+    // From lane 0, which tells the compiler that it is the same in all lanes: wgmma's descriptors are then made without
+    // moving them from lane to lane.
+    const int block_warp = __shfl_sync(0xffffffffu, threadIdx.x / WARP, 0);
+    const int set = block_warp / SET_WARPS, warp = block_warp % SET_WARPS;
+    const bool is_producer = threadIdx.x % (SET_WARPS * WARP) == 0;
+    // The sets take turns, so that what a block reads at a time lies together.
+    const int first_chunk = blockIdx.x * (STEPS * K_GROUPS) + set;
     const int first_tile = blockIdx.y * (ROWS / 16) + warp / 4 * TALL * 4 + warp % 4;
 
     uint4 buffer[PREFETCH][TALL][VECTORS];
@@ -98,7 +110,7 @@ linear(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, cons
 #pragma unroll
         for (int m = 0; m < TALL; m++) {
             const int tile = min(first_tile + m * 4, TILES - 1);
-            const u8* source = weights + (((i64)tile * CHUNKS + first_chunk + step) * VECTORS * WARP + lane) * 16;
+            const u8* source = weights + (((i64)tile * CHUNKS + first_chunk + step * K_GROUPS) * VECTORS * WARP + lane) * 16;
 #pragma unroll
             for (int v = 0; v < VECTORS; v++) out[m][v] = load_streaming(source + v * WARP * 16);
         }
@@ -108,20 +120,28 @@ linear(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, cons
         if (p < STEPS) fetch_weights(p, buffer[p]);
     }
 
-    const u32 ring = shared_address(shared), barriers = shared_address(filled);
+    const u32 ring = shared_address(shared) + set * STAGES * STAGE_BYTES;
+    const u32 full_barriers = shared_address(filled[set]), free_barriers = shared_address(freed[set]);
     const auto fetch_batch = [&](int step) {
-        if (step < STEPS && threadIdx.x == 0)
-            fetch_tile(x, ring + step % STAGES * STAGE_BYTES, barriers + step % STAGES * 8, (first_chunk + step) * CHUNK);
+        if (step < STEPS && is_producer) {
+            const int slot = step % STAGES;
+            if (step >= STAGES) barrier_wait(free_barriers + slot * 8, step / STAGES - 1 & 1);
+            fetch_tile(x, ring + slot * STAGE_BYTES, full_barriers + slot * 8, (first_chunk + step * K_GROUPS) * CHUNK);
+        }
     };
-    if (threadIdx.x == 0) {
+    if (is_producer) {
 #pragma unroll
-        for (int s = 0; s < STAGES; s++) barrier_init(barriers + s * 8);
+        for (int s = 0; s < STAGES; s++) {
+            barrier_init(full_barriers + s * 8, 1);
+            barrier_init(free_barriers + s * 8, SET_WARPS);
+        }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     allow_next_kernel();
     wait_for_previous_kernel();
 #pragma unroll
     for (int s = 0; s < AHEAD; s++) fetch_batch(s);
+    __syncthreads();  // the barriers are there
 
     float sums[TALL][BATCH / 2] = {};
     u32 a[2][TALL][2][4];
@@ -130,14 +150,15 @@ linear(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, cons
         for (int p = 0; p < PREFETCH; p++) {
             const int step = base + p;
             if (STEPS % PREFETCH != 0 && step >= STEPS) break;
-            // Every warp has left stage step - 2: two groups of products later it waited for them.
-            __syncthreads();
             fetch_batch(step + AHEAD);
-            barrier_wait(barriers + step % STAGES * 8, step / STAGES & 1);
+            __syncwarp();
+            barrier_wait(full_barriers + step % STAGES * 8, step / STAGES & 1);
             const u32 stage = ring + step % STAGES * STAGE_BYTES;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 wgmma_wait<1>();
+                // Of this warp's products all but those of this step have ended, and so have their reads.
+                if (half == 1 && step > 0 && lane == 0) barrier_arrive(free_barriers + (step - 1) % STAGES * 8);
 #pragma unroll
                 for (int m = 0; m < TALL; m++)
 #pragma unroll
@@ -157,7 +178,8 @@ linear(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, cons
     __syncthreads();
 
     // Sums as [batch row][output row], then each block of the cluster adds up and writes every SPLIT-th batch row.
-    float* partial = reinterpret_cast<float*>(shared);
+    float* partial = reinterpret_cast<float*>(shared) + set * BATCH * PITCH;
+    const u32 partials = shared_address(shared);
 #pragma unroll
     for (int m = 0; m < TALL; m++) {
         const int row = (warp / 4 * TALL + m) * 64 + warp % 4 * 16 + lane / 4;
@@ -176,8 +198,11 @@ linear(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, cons
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
         for (int rank = 0; rank < SPLIT; rank++) {
-            const float4 part = load_from_block(ring + (batch_row * PITCH + row) * 4, rank);
-            sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+#pragma unroll
+            for (int k_group = 0; k_group < K_GROUPS; k_group++) {
+                const float4 part = load_from_block(partials + ((k_group * BATCH + batch_row) * PITCH + row) * 4, rank);
+                sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+            }
         }
         const float4 scale = *reinterpret_cast<const float4*>(scales + out_row);
         sum.x *= scale.x, sum.y *= scale.y, sum.z *= scale.z, sum.w *= scale.w;
