@@ -163,7 +163,7 @@ _PLANS: Final[dict[tuple[Format, Shape], tuple[tuple[int, Plan], ...]]] = {
     ),
     ("INT4", "tall"): (
         (8, WarpPlan(1, 2, 8, 2)),
-        (16, WarpPlan(2, 2, 8, 2)),
+        (16, GroupPlan(16, 2, 1, 4, 8, 1, 1, 4)),
         (24, GroupPlan(24, 2, 1, 4, 8, 1, 1, 4)),
         (32, GroupPlan(32, 2, 1, 4, 8, 1, 1, 4)),
         (48, GroupPlan(48, 1, 1, 8, 8, 1, 2, 2)),
