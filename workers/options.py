@@ -31,7 +31,10 @@ def parser() -> argparse.ArgumentParser:
         help="linear layers of an fp16 checkpoint to int8, int4 or (GPU) fp8 while loading (faster: glmq quantize, once)",
     )
     options.add_argument(
-        "--quantize-head", action="store_true", default=None, help="the head to int8 while loading"
+        "--quantize-head",
+        action="store_true",
+        default=None,
+        help="the head to int8 (with fp8: to fp8) while loading",
     )
     options.add_argument(
         "--activations",

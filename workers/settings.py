@@ -56,7 +56,7 @@ class WorkerSettings:
     quantize: QuantizeSetting = "none"
     """What the linear layers become while the checkpoint is loaded. A quantized checkpoint needs no setting."""
     quantize_head: bool = False
-    """The head becomes int8, too."""
+    """The head becomes int8, too; with fp8 it becomes fp8."""
     activations: ActivationsSetting = "auto"
     """Of quantized layers on a CPU: int8 is fast, full is exact."""
     speculation: SpeculationSetting = "auto"

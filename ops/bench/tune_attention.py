@@ -25,7 +25,9 @@ def plans(batch: int) -> list[cuda_ops.DecodePlan]:
     parts = (1, 2, 4, 8) if batch <= 16 else (1,)
     return [
         cuda_ops.DecodePlan(part, part_keys, warps, unroll)
-        for part, part_keys, warps, unroll in itertools.product(parts, (64, 128, 256), (4, 8, 16), (2, 4, 8))
+        for part, part_keys, warps, unroll in itertools.product(
+            parts, (64, 128, 256), (3, 4, 6, 8, 16), (1, 2, 3, 4, 6, 8)
+        )
         if (part > 1 or part_keys == 256) and warps * unroll <= 64
     ]
 
@@ -85,7 +87,7 @@ def main() -> None:
     rotary = rotary_tables(2049, HEAD_DIM, torch.float16, device)
     build_all(
         {
-            cuda_ops.decode_kernel(plan, HEAD_DIM, HEADS, HEADS, BLOCK_SIZE, kv == "int8", True)
+            cuda_ops.decode_kernel(plan, HEAD_DIM, HEADS, HEADS, BLOCK_SIZE, kv == "int8", True, True)
             for kv in arguments.kv
             for batch in arguments.batch
             for plan in plans(batch)

@@ -76,9 +76,12 @@ def candidates(weight_format: str, rows: int, out_features: int, in_features: in
             num_blocks = -(-out_features // plan.num_rows) * split
             if (
                 plan.num_threads <= 768
-                # Neither most of the GPU idle nor several rounds of blocks.
-                and 56 <= num_blocks <= 300
-                and 200 <= num_blocks * groups * k_groups * tall <= 1600
+                # Neither most of the GPU idle nor a second round of blocks; a head has many rounds.
+                and (
+                    split == 1
+                    if out_features > 65536
+                    else 56 <= num_blocks <= 300 and 200 <= num_blocks * groups * k_groups * tall <= 1600
+                )
                 and chunks // (split * k_groups) % prefetch == 0
                 and chunks // (split * k_groups) >= prefetch
                 and registers * plan.num_threads * min_blocks <= 65536

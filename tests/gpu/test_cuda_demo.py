@@ -38,6 +38,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "int8": {"quantize": "int8"},
     "int4": {"quantize": "int4"},
     "fp8": {"quantize": "fp8"},
+    "fp8, fp8 head": {"quantize": "fp8", "quantize_head": True},
     "int8 cache": {"cache_dtype": "int8"},
     "int8, int8 cache": {"quantize": "int8", "cache_dtype": "int8"},
     "int4, int8 cache": {"quantize": "int4", "cache_dtype": "int8"},

@@ -27,7 +27,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     quantize: QuantizeSetting = "none"
     """What the linear layers of a checkpoint in floating point become while it is loaded. fp8 (e4m3 with a scale a row): on a GPU of Ada or newer only."""
     quantize_head: bool = False
-    """The layer that gives the logits becomes int8; so does an embedding that shares its weights."""
+    """The layer that gives the logits becomes int8, and an embedding that shares its weights, too; with fp8 it becomes fp8, and
+    the embedding stays beside it."""
     activations: ActivationsSetting = "auto"
     """Of quantized layers on a CPU: int8 (fast, by ONNX Runtime), or full, in `dtype` (exact); auto is int8 where it can be."""
     speculation: SpeculationSetting = "auto"

@@ -109,7 +109,8 @@ class Engine:
         merged = next(iter(config.adapters.items()), None) if config.merge_adapter else None
         model = load_network(config, model_config, adapter=merged[1] if merged else None)
         weights: WeightSetting | None = "fp8" if config.quantize == "fp8" else None
-        fast = on_gpu(model, weights) if model.device.type == "cuda" else None
+        head = weights if config.quantize_head else None
+        fast = on_gpu(model, weights, head) if model.device.type == "cuda" else None
         # Before the cache, which takes the memory that is left.
         adapters = _adapters(model, config, merged[0] if merged else None)
         if fast is not None:

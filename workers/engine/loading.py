@@ -40,7 +40,8 @@ def load_network(
         config=model_config,
         adapter=adapter,
         quantize_bits=BITS[config.quantize],
-        quantize_head=config.quantize_head,
+        # An e4m3 head is made with the other e4m3 layers, once the network is on its kernels.
+        quantize_head=config.quantize_head and config.quantize != "fp8",
         pack=_pack(config, device),
     )
 

@@ -281,7 +281,9 @@ def decode_plan(batch_size: int, num_heads: int, kv_int8: bool) -> DecodePlan:
         return DecodePlan(8, 512, 8, 8)
     if batch_size * num_heads <= 256:
         return DecodePlan(4, 512, 8, 4)
-    return DecodePlan(1, 512, 4, 2 if kv_int8 and batch_size * num_heads >= 2048 else 4)
+    if kv_int8 and batch_size * num_heads >= 2048:
+        return DecodePlan(1, 512, 3, 2)
+    return DecodePlan(1, 512, 4, 4)
 
 
 @functools.cache
