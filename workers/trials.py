@@ -28,7 +28,8 @@ _DEATHS_REMEMBERED: Final = 2
 class Trials:
     """Told of each engine's beginning and end, and of what becomes of requests; methods may be called from any thread.
 
-    `resume` hands a request to the engine again and raises EngineDied; `on_done` is called when a new engine is free for others.
+    `resume` hands a request to the engine again and raises EngineDied; `on_done` is called when a new engine is free for others;
+    `others_serve` says whether another worker could take what is released.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class Trials:
         *,
         resume: Callable[[RunningRequest], None],
         on_done: Callable[[], None],
+        others_serve: Callable[[], bool],
     ) -> None:
         self._running = running
         self._publisher = publisher
         self._resume = resume
         self._on_done = on_done
+        self._others_serve = others_serve
         self._lock = threading.RLock()
         self._accused: list[RunningRequest] = []
         """The ledger has not said yet what becomes of them."""
@@ -72,6 +75,9 @@ class Trials:
             tried, self._tried = self._tried, None
             if not was_ready:
                 # No engine here, for who knows how long: others may have one.
+                self._give_up()
+            elif tried is not None and self._waiting and self._others_serve():
+                # Found, and hardly two at a time: the others need not wait for what this one still has to go through.
                 self._give_up()
             working = [each for each in self._running if each.is_known_to_engine and each.end is None]
             working = [each for each in working if each not in self._waiting and each not in self._accused]

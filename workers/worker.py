@@ -127,7 +127,11 @@ class Worker:
             metrics=self._metrics,
         )
         self._trials = Trials(
-            self._running, self._publisher, resume=self._claims.resume, on_done=self._open_claims
+            self._running,
+            self._publisher,
+            resume=self._claims.resume,
+            on_done=self._open_claims,
+            others_serve=self._others_serve,
         )
         self._folding = Folding(
             Ledger.at(self.redis_url, keys, timeout_seconds=timeout),
@@ -297,6 +301,20 @@ class Worker:
             load_seconds=round(ready.load_seconds, 1),
             queue=settings.queue.keys.celery_queue(settings.model),
             metrics="off" if self._exporter is None else f"http://{self._exporter.address}/metrics",
+        )
+
+    def _others_serve(self) -> bool:
+        """Whether another worker of this model says that it is ready."""
+        ledger = Ledger.at(self.redis_url, self.settings.queue.keys, timeout_seconds=1.0, retries=0)
+        try:
+            workers = ledger.run(calls.overview(self.settings.model)).workers
+        except (GlmqError, RedisError):
+            return False
+        finally:
+            ledger.close()
+        about = [worker.about for worker in workers if worker.worker != self.name]
+        return any(
+            other.get("model") == self.settings.model and other.get("state") == "ready" for other in about
         )
 
     def _open_claims(self) -> None:

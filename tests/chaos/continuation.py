@@ -17,6 +17,7 @@ from producer.contract import ChatRequest, SamplingParams
 from tests.chaos.battle import Suite
 from tests.chaos.strikes import Row
 from tests.chaos.undisturbed import FLOAT_NOISE, Answer, Undisturbed
+from workers.engine.speculation import Speculation
 from workers.models.batch import Batch
 from workers.prompts import Prompt
 
@@ -133,18 +134,22 @@ def _compare(
 def _generate_with_logits(
     undisturbed: Undisturbed, prompts: Sequence[Prompt]
 ) -> tuple[list[tuple[list[int], str]], float]:
-    """The answers, and the greatest difference between a logit that the engine saw in a decode and the same one in a prefill."""
+    """The answers, without drafts, and the greatest difference between a logit that the engine saw in a decode and the same one in a prefill."""
     seen: list[torch.Tensor] = []
 
     def keep(_module: torch.nn.Module, arguments: tuple[Batch, ...], logits: torch.Tensor) -> None:
         if not arguments[0].is_prefill:
             seen.append(logits)
 
+    engine = undisturbed.engine
+    # A step with drafts has several rows of a sequence. What is gone on with may be drafted: it must be the same.
+    drafting, engine.speculation = engine.speculation, Speculation(0)
     hook = undisturbed.model.register_forward_hook(keep)
     try:
         generated = undisturbed.generate(prompts)
     finally:
         hook.remove()
+        engine.speculation = drafting
     # Only while all of them run is it plain which row is whose.
     num_common = min(len(ids) for ids, _ in generated)
     greatest = 0.0

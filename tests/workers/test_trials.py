@@ -28,11 +28,18 @@ class Court:
     bench: Any
     num_opened: int = 0
     refuses: bool = False
+    others_serve: bool = False
     resumed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         bench = self.bench
-        self.trials = Trials(bench.running, bench.publisher, resume=self._resume, on_done=self._on_done)
+        self.trials = Trials(
+            bench.running,
+            bench.publisher,
+            resume=self._resume,
+            on_done=self._on_done,
+            others_serve=lambda: self.others_serve,
+        )
         bench.publisher._on_kept = self.trials.on_kept
         bench.publisher._on_gone = self._on_gone
 
@@ -168,6 +175,29 @@ def test_who_kills_every_engine_becomes_a_dead_letter_with_its_reasons(court: Co
         f"the engine died while it ran alone ({CRASH})",
     ]
     wait_for(lambda: court.num_opened == 2)
+
+
+@pytest.mark.parametrize("others_serve", [True, False])
+def test_once_one_has_killed_alone_the_other_suspects_go_to_whoever_else_serves(
+    court: Court, others_serve: bool
+) -> None:
+    court.others_serve = others_serve
+    suspects = court.begin("poison", "innocent")
+    poison, innocent = (court.id_of(each) for each in suspects)
+    court.die(*suspects)
+    wait_for(lambda: all(court.bench.running.get(id_).num_losses for id_ in (poison, innocent)))
+    court.trials.on_ready()
+
+    court.die(court.latest(poison))
+
+    wait_for(lambda: court.bench.running.get(poison).num_losses == 2)
+    if others_serve:
+        wait_for(lambda: court.state(innocent) == "queued")
+        assert court.trials.num_left == 1
+    else:
+        assert court.state(innocent) == "running"
+        court.trials.on_ready()
+        assert court.resumed == [poison, innocent]
 
 
 def test_who_kills_in_a_decode_is_found_at_the_second_time(court: Court) -> None:
