@@ -9,9 +9,9 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from workers.engine.client import EngineClient, EngineDied
 from workers.engine.config import EngineConfig
@@ -23,6 +23,8 @@ logger = get_logger(__name__)
 
 RESTART_SECONDS: Final = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits before the engine is started again, for deaths in a row; the last one repeats."""
+RESTART_FOR_SUSPECTS_SECONDS: Final = 1.0
+"""The longest wait while requests wait for their trials: it is rather them than the engine."""
 GOOD_LIFE_SECONDS: Final = 60.0
 """An engine that was ready for so long does not belong to the row."""
 CPU_PREFILL_SECONDS_PER_TOKEN: Final = 0.25
@@ -41,12 +43,19 @@ class Death:
     """Somebody killed it, so that a request is the less likely reason."""
 
 
+class Toll(NamedTuple):
+    """What a death has cost."""
+
+    num_requests: int
+    num_suspects: int
+    """Of them, those that the next engine is to try alone."""
+
+
 class Supervisor:
     """One engine after another, in a thread of its own. Its methods may be called from any thread.
 
     `new_config(is_first)` is asked before each start; a ValueError is the end of that engine. `on_message` is told what the engine says.
-    When it has died, `on_death` sees to its requests, and answers what the log shall say of them; `on_down` is called before, and also
-    when the first engine could not start. `num_generating`: requests that the engine works on; `num_prefill_tokens`: of these sequences.
+    When it has died, `on_death` sees to its requests; `on_down` is called before, and also when the first engine could not start. `num_generating`: requests that the engine works on; `num_prefill_tokens`: of these sequences.
     """
 
     def __init__(
@@ -60,7 +69,7 @@ class Supervisor:
         num_prefill_tokens: Callable[[frozenset[int]], int],
         on_message: Callable[[FromEngine], None],
         on_down: Callable[[], None],
-        on_death: Callable[[Death], Mapping[str, int]],
+        on_death: Callable[[Death], Toll],
     ) -> None:
         self._module = module
         self._stall_seconds = stall_seconds
@@ -164,13 +173,21 @@ class Supervisor:
                 # The operator's mistake rather than bad luck: a restart would not help.
                 self._has_changed.set()
                 return
-            told = self._on_death(death)
+            toll = self._on_death(death)
             self.num_restarts += 1
             if was_ready and time.monotonic() - self._ready_since > GOOD_LIFE_SECONDS:
                 num_in_a_row = 0
             pause = RESTART_SECONDS[min(num_in_a_row, len(RESTART_SECONDS) - 1)]
             num_in_a_row += 1
-            logger.error("the engine died", reason=death.cause, restart_in_seconds=pause, **told)
+            if toll.num_suspects:
+                pause = min(pause, RESTART_FOR_SUSPECTS_SECONDS)
+            logger.error(
+                "the engine died",
+                reason=death.cause,
+                requests=toll.num_requests,
+                suspects=toll.num_suspects,
+                restart_in_seconds=pause,
+            )
             if self._is_stopping.wait(pause):
                 return
 

@@ -47,7 +47,7 @@ from workers.prompts import Prompts
 from workers.publisher import Publisher
 from workers.running import RELEASED, RunningRequest, RunningRequests
 from workers.settings import Backend, WorkerSettings, named_folders
-from workers.supervisor import Death, Supervisor
+from workers.supervisor import Death, Supervisor, Toll
 from workers.tasks import carries_request
 from workers.trials import Trials
 
@@ -276,10 +276,10 @@ class Worker:
         for command_id, reply in self._adapters.give_up():
             self._reply(command_id, reply)
 
-    def _on_death(self, death: Death) -> Mapping[str, int]:
+    def _on_death(self, death: Death) -> Toll:
         self._metrics.engine_restarts.inc()
         num_lost = self._trials.on_death(death)
-        return {"requests": num_lost, "suspects": self._trials.num_left}
+        return Toll(num_lost, self._trials.num_left)
 
     def _on_ready(self, ready: Ready) -> None:
         settings = self.settings
