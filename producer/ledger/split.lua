@@ -11,7 +11,7 @@ local levels = fields[4] or ''
 local _, num_levels = string.gsub(levels, '%d+', '')
 if fields[2] == attempt and fields[1] == 'waiting' and num_levels == level then
   return {0}
-elseif fields[2] ~= attempt or fields[1] ~= 'running' or num_levels ~= level - 1 or (worker ~= '' and fields[8] ~= worker) then
+elseif fields[2] ~= attempt or fields[1] ~= 'running' or num_levels ~= level - 1 or (worker ~= '' and worker ~= fields[8]) then
   return {-1}
 elseif fields[3] then
   return {-2}

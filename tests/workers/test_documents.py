@@ -57,7 +57,7 @@ def summarize(bench: Any, request_id: str, text: str) -> None:
 
 def give_back(bench: Any) -> None:
     """What a worker does that drains and does not wait."""
-    bench.claims.drain()
+    bench.claims.stop()
 
     def is_idle() -> bool:
         # More than once: a claim may have been under way.

@@ -184,7 +184,7 @@ def test_a_fold_goes_on_after_a_takeover_with_the_same_turns(bench: Any, new_ben
     request_id = status(bench).folding
     assert request_id is not None
     wait_for(lambda: "token" in bench.types(request_id))
-    bench.claims.drain()
+    bench.claims.stop()
     bench.ledger.run(calls.release(request_id, 1))
     other = new_bench(context_len=400)
     second = other.generation(request_id)

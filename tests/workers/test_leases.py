@@ -84,7 +84,7 @@ def test_a_stuck_engine_gets_no_renewal(bench: Any, new_leases: Callable[..., Le
 def test_a_lease_that_was_lost_aborts_the_request(bench: Any, new_leases: Callable[..., Leases]) -> None:
     request_id = bench.submit()
     generation = bench.generation(request_id)
-    bench.claims.drain()
+    bench.claims.stop()
     assert bench.ledger.run(calls.release(request_id, 1))
 
     new_leases().renew()
@@ -162,7 +162,7 @@ def test_a_request_of_a_silent_worker_is_taken_over(new_bench: NewBench) -> None
     sequence_id = dead.generation(request_id).sequence_id
     dead.say(sequence_id, "ab")
     wait_for(lambda: "token" in dead.types(request_id))
-    dead.claims.drain()
+    dead.claims.stop()
     alive = new_bench(look_seconds=60.0)
     leases = reaping_leases(alive)
     leases.start()

@@ -146,7 +146,7 @@ def test_a_later_attempt_builds_the_same_prompt_whatever_has_become_of_the_summa
     bench.ledger.connection.hset(
         bench.ledger.keys.conversation(name), mapping={"summary": "new", "covered": 5}
     )
-    bench.claims.drain()
+    bench.claims.stop()
     bench.ledger.run(calls.release(request_id, 1))
 
     second = new_bench(context_len=400).generation(request_id)

@@ -136,7 +136,7 @@ def test_a_request_that_was_taken_over_is_dropped_and_nothing_is_written(new_ben
     bench.say(generation.sequence_id, "mine")
     while bench.types(request_id)[-1:] != ["token"]:
         time.sleep(0.01)
-    bench.claims.drain()
+    bench.claims.stop()
 
     assert bench.ledger.run(calls.release(request_id, 1))
     claim = bench.ledger.run(calls.claim("chatglm-6b", "another", 5))
@@ -156,7 +156,7 @@ def test_a_released_request_keeps_every_token_that_was_made(bench: Any, new_benc
     request_id = bench.submit()
     generation = bench.generation(request_id)
     bench.say(generation.sequence_id, "half ")
-    bench.claims.drain()
+    bench.claims.stop()
 
     bench.publisher.end(bench.running.get(request_id), "released")
     successor = new_bench()
@@ -267,7 +267,7 @@ def test_a_claim_that_redis_has_lost_and_another_worker_made_is_not_written_to(n
     bench.say(generation.sequence_id, "ab")
     while "token" not in bench.types(request_id):
         time.sleep(0.01)
-    bench.claims.drain()
+    bench.claims.stop()
     # The same attempt, by somebody else.
     bench.ledger.connection.hset(bench.ledger.keys.request(request_id), "worker", "another")
     before = bench.events(request_id)
@@ -285,7 +285,7 @@ def test_a_stream_that_never_fits_is_left_to_somebody_else(bench: Any) -> None:
     bench.say(generation.sequence_id, "ab")
     while "token" not in bench.types(request_id):
         time.sleep(0.01)
-    bench.claims.drain()
+    bench.claims.stop()
     # More than this worker ever said.
     bench.ledger.connection.hset(bench.ledger.keys.request(request_id), "count", 7)
 

@@ -330,6 +330,7 @@ class Model:
             ),
             is_piece=request.document is not None,
             failures=request.failures,
+            worker=request.worker,
         )
 
     def emit(self, emissions: Iterable[Emission], worker: str) -> list[EmitCode]:
@@ -495,13 +496,14 @@ class Model:
         priority: int,
         pieces: Sequence[SummaryRequest],
         estimates: Sequence[int],
+        worker: str,
     ) -> Split:
         request = self.requests.get(request_id)
         if request is None or request.attempt != attempt:
             return Split("fenced")
         if request.state == "waiting" and len(request.levels) == level:
             return Split("waiting")
-        if request.state != "running" or len(request.levels) != level - 1:
+        if request.state != "running" or len(request.levels) != level - 1 or request.worker != worker:
             return Split("fenced")
         if request.is_cancel_asked:
             return Split("cancel_asked")
@@ -539,8 +541,8 @@ class Model:
 
     # --- conversations -----------------------------------------------------------------------------------------------
 
-    def remember(self, request_id: str, attempt: int, memory: str) -> str | None:
-        request = self.held(request_id, attempt)
+    def remember(self, request_id: str, attempt: int, memory: str, *, worker: str) -> str | None:
+        request = self.held(request_id, attempt, worker)
         if request is None:
             return None
         if request.memory is None:

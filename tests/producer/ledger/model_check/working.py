@@ -362,6 +362,7 @@ class Workers(Deployment):
                 priority=priority,
                 pieces=pieces,
                 estimates=[estimate_tokens(piece, encode_request(piece)) for piece in pieces],
+                worker=held.worker.name,
             ),
         )
 
@@ -418,7 +419,7 @@ class Workers(Deployment):
             Operation(
                 "remember",
                 calls.remember(held.request_id, held.attempt, memory, worker=held.worker.name),
-                lambda _: self.model.remember(held.request_id, held.attempt, memory),
+                lambda _: self.model.remember(held.request_id, held.attempt, memory, worker=held.worker.name),
             )
         )
         held.has_memory |= kept is not None
