@@ -81,6 +81,11 @@ class Court:
         running = self.bench.running.get(request_id)
         return next(g for g in reversed(self.bench.generated) if g.sequence_id == running.sequence_id)
 
+    def num_losses(self, request_id: str) -> int | None:
+        """In this attempt; None once it is not this worker's any more."""
+        running = self.bench.running.get(request_id)
+        return None if running is None else int(running.num_losses)
+
     def state(self, request_id: str) -> str:
         return str(self.bench.ledger.run(calls.status(request_id)).state)
 
@@ -155,11 +160,7 @@ def test_who_kills_every_engine_becomes_a_dead_letter_with_its_reasons(court: Co
     request_id = court.id_of(poison)
     court.die(poison)
     for number in range(1, 4):
-        wait_for(
-            lambda number=number: (
-                court.state(request_id) == "dead" or court.bench.running.get(request_id).num_losses == number
-            )
-        )
+        wait_for(lambda number=number: court.num_losses(request_id) in (number, None))
         court.trials.on_ready()
         if court.state(request_id) == "dead":
             break
