@@ -109,8 +109,9 @@ def test_no_interleaving_of_calls_breaks_the_ledger(connection: redis.Redis, key
 def test_a_ledger_that_is_broken_on_purpose_is_found_out(
     connection: redis.Redis, keys: Keys, name: str
 ) -> None:
+    mutant = MUTANTS[name]
     with pytest.raises((AssertionError, redis.ResponseError)):
-        run(connection, keys, 5, MAX_MUTANT_STEPS, (MUTANTS[name],), shrinks=False)
+        run(connection, keys, mutant.seed, MAX_MUTANT_STEPS, (mutant,), shrinks=False)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -19,13 +19,14 @@ MUTANTS: Final = {
     "an old attempt can release and renew": Substitution(
         "return fields[1] == 'running' and fields[2] == attempt and",
         "return fields[1] == 'running' and",
+        seed=101,
     ),
     "an end is written whatever the state": Substitution(
         "elseif fields[1] ~= 'running' or (worker ~= '' and fields[4] ~= worker) then",
         "elseif false then",
     ),
     "a claim that the server lost can be made by two": Substitution(
-        "or (worker ~= '' and fields[8] ~= worker) then", "then"
+        "or (worker ~= '' and fields[8] ~= worker) then", "then", seed=101
     ),
     # Streams.
     "a token that was written before is written again": Substitution(

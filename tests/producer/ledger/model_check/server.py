@@ -33,6 +33,8 @@ class Substitution(NamedTuple):
 
     old: str
     new: str
+    seed: int = 5
+    """Where to begin: any finds it, some sooner."""
 
 
 class Entry(NamedTuple):
