@@ -54,7 +54,7 @@ class Toll(NamedTuple):
 class Supervisor:
     """One engine after another, in a thread of its own. Its methods may be called from any thread.
 
-    `new_config(is_first)` is asked before each start; a ValueError is the end of that engine. `on_message` is told what the engine says.
+    `new_config(is_first)` is asked before each start; a ValueError or an OSError is the end of that engine. `on_message` is told what the engine says.
     When it has died, `on_death` sees to its requests; `on_down` is called before, and also when the first engine could not start. `num_generating`: requests that the engine works on; `num_prefill_tokens`: of these sequences.
     """
 
@@ -195,8 +195,8 @@ class Supervisor:
         """From its start to its death."""
         try:
             engine = self._engine = EngineClient(self._new_config(is_first), module=self._module)
-        except ValueError as error:
-            # A setting that only the engine can judge.
+        except (ValueError, OSError) as error:
+            # A setting that only the engine can judge, or a machine that has no room for another process.
             return Death(str(error))
         self._loading_since = time.monotonic()
         try:

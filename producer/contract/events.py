@@ -110,7 +110,7 @@ class Token(_Event):
 
 @dataclass(slots=True)
 class NewTokens:
-    """What becomes a Token: as a worker has made it, so that there is nothing to be validated. It costs a quarter of one."""
+    """What becomes a Token: as a worker has made it, so that there is nothing to be validated."""
 
     index: int
     """Index of the last of them, from 1."""

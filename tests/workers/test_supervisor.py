@@ -117,3 +117,15 @@ def test_a_setting_that_only_the_engine_can_judge_ends_the_start(watch: Callable
 
     with pytest.raises(StartFailed, match="cuda:9"):
         watched.supervisor.wait_until_ready(lambda: None)
+
+
+def test_a_machine_without_room_for_a_process_ends_the_start_with_its_reason(
+    watch: Callable[..., Watched],
+) -> None:
+    def fail(_is_first: bool) -> EngineConfig:
+        raise OSError("Cannot allocate memory")
+
+    watched = watch(new_config=fail)
+
+    with pytest.raises(StartFailed, match="allocate memory"):
+        watched.supervisor.wait_until_ready(lambda: None)

@@ -81,13 +81,19 @@ def test_a_lease_of_a_request_that_is_gone_is_cleared_away(ledger: Ledger, keys:
     assert ledger.connection.zcard(keys.leases) == 0
 
 
-def test_a_worker_that_is_silent_and_has_no_connection_any_more_loses_its_requests_before_its_lease_ends(
-    worker: HandWorker, other_worker: HandWorker, ledger: Ledger
-) -> None:
+def hold(worker: HandWorker, ledger: Ledger) -> Claim:
+    """A request whose lease is long, by a worker that has said that it lives."""
     worker.submit(ChatRequest(query="q"))
     claim = worker.claim(lease_seconds=60)
     assert claim is not None
     ledger.run(calls.renew(worker.name, [(claim.request_id, claim.attempt)], 60))
+    return claim
+
+
+def test_a_worker_that_is_silent_and_has_no_connection_any_more_loses_its_requests_before_its_lease_ends(
+    worker: HandWorker, other_worker: HandWorker, ledger: Ledger
+) -> None:
+    claim = hold(worker, ledger)
     time.sleep(0.03)
 
     assert ledger.run(calls.reap(silent_seconds=10)) == []
@@ -102,10 +108,7 @@ def test_a_worker_that_is_silent_and_has_no_connection_any_more_loses_its_reques
 def test_a_silent_worker_that_still_has_its_connection_keeps_its_requests_until_their_lease_ends(
     worker: HandWorker, ledger: Ledger, keys: Keys
 ) -> None:
-    worker.submit(ChatRequest(query="q"))
-    claim = worker.claim(lease_seconds=60)
-    assert claim is not None
-    ledger.run(calls.renew(worker.name, [(claim.request_id, claim.attempt)], 60))
+    claim = hold(worker, ledger)
     with ledger.connection.pubsub() as channel:
         channel.subscribe(keys.control(worker.name))
         assert channel.get_message(timeout=5) is not None
