@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from producer.contract import ChatRequest
 from producer.contract.keys import Keys
-from producer.ledger import EmitCode, Ledger, calls
+from producer.ledger import Claim, EmitCode, Ledger, calls
 
 if TYPE_CHECKING:
     from tests.producer.conftest import HandWorker
