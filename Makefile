@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up check format test model-check chaos test-metrics bench lock clean
+.PHONY: help setup demo up check format test model-check chaos soak test-metrics bench lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -53,6 +53,9 @@ model-check: setup  ## The ledger's scripts against their model, from a new begi
 
 chaos: setup  ## Workers, engines and Redis die at random instants while thousands of requests come in: make chaos ARGS="--kills 20 --requests 330"
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+soak: setup  ## An hour of mixed load on one engine: nothing lost, nothing changed, memory where it was: make soak ARGS="--seconds 600"
+	$(BIN)/python -m tests.soak $(ARGS)
 
 test-metrics: setup  ## Metrics, dashboards and alerts against a real Prometheus (fetched where there is apt)
 	$(BIN)/pytest tests/ops tests/workers/test_metrics.py tests/journey/test_metrics.py $(ARGS)

@@ -264,6 +264,7 @@ def new_engine(
     prefill_tokens: int,
     num_adapters: int = 0,
     speculation: SpeculationSetting = "off",
+    num_blocks: int | None = None,
 ) -> Engine:
     """Without drafts: what random weights say soon repeats itself, and would be drafted."""
     config = EngineConfig(
@@ -272,6 +273,7 @@ def new_engine(
         max_num_seqs=num_seqs,
         max_prefill_tokens=prefill_tokens,
         block_size=BLOCK_SIZE,
+        num_blocks=num_blocks,
         cache_dtype="int8" if kv == "int8" else "auto",
         context_len=context_len,
     )

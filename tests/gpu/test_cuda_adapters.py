@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import torch
 
 from tests.lora_adapter import write_adapter
+from tests.soak import MixedLoad, soak
 from workers.engine.adapters import Adapters
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
@@ -20,7 +19,6 @@ from workers.engine.messages import (
     AdaptersChanged,
     Generate,
     LoadAdapter,
-    Refused,
     Sampling,
     UnloadAdapter,
 )
@@ -260,101 +258,19 @@ def test_adapters_come_and_go_while_sequences_run(new_engine, folders) -> None:
     assert engine.adapters.names == ["b", "c"]
 
 
-def resident_bytes() -> int:
-    """Of this process."""
-    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-LOAD_SECONDS = float(os.environ.get("GLMQ_TEST_LOAD_SECONDS", "20"))
-
-
-def test_mixed_load_leaves_memory_where_it_was_and_loses_nobody(new_engine, folders) -> None:
-    """Lengths, draws, cancels, preemptions, drafts, and adapters that come and go. GLMQ_TEST_LOAD_SECONDS makes it longer."""
+def test_a_mixed_load_loses_nobody_and_leaves_memory_where_it_was(new_engine, folders) -> None:
+    """`make soak` is its longer form."""
     engine = new_engine(num_adapters=2, num_blocks=90, max_num_seqs=24)
-    for name, folder in folders.items():
-        engine.adapters.know(name, folder)
-    rng = random.Random(5)
-    wanted: dict[int, int] = {}
-    ended: dict[int, str] = {}
-    counts: dict[int, int] = {}
-    refused: set[int] = set()
-    aborted: set[int] = set()
-    number = num_steps = 0
-
-    def turn_all() -> None:
-        nonlocal num_steps
-        for message in engine.settle():
-            if isinstance(message, Refused):
-                refused.add(message.sequence_id)
-        if engine.has_work:
-            step = engine.step()
-            num_steps += 1
-            for sequence_id, reason in zip(step.sequence_ids, step.finish_reasons, strict=True):
-                assert sequence_id not in ended
-                assert sequence_id not in aborted
-                counts[sequence_id] = counts.get(sequence_id, 0) + 1
-                if reason:
-                    ended[sequence_id] = reason
-
-    def turmoil(until: float) -> None:
-        nonlocal number
-        while time.monotonic() < until:
-            kind = rng.choice(
-                [
-                    {"temperature": 0.0},
-                    {"temperature": 0.1},
-                    {"temperature": 0.95},
-                    {"temperature": 0.8, "top_k": 0},
-                    {"temperature": 0.9, "repetition_penalty": 1.2},
-                    {"temperature": 0.9, "min_new_tokens": 10},
-                ]
-            )
-            sampling = Sampling(max_new_tokens=rng.randint(1, 90), seed=number, **kind)
-            ids = prompt(number, rng.randint(3, 60))
-            if rng.random() < 0.4:
-                ids = ids[:-2] * 3 + ids[-2:]
-            message = Generate(number, ids, sampling, adapter=rng.choice([None, *engine.adapters.names]))
-            wanted[number] = sampling.max_new_tokens
-            assert engine.add(message) is None
-            number += 1
-            for _ in range(rng.choice([0, 1, 2, 5, 40])):
-                turn_all()
-            if rng.random() < 0.15:
-                victim = rng.randrange(max(number - 20, 0), number)
-                if victim not in ended:
-                    engine.abort(victim)
-                    aborted.add(victim)
-            if rng.random() < 0.02:
-                name = rng.choice(sorted(folders))
-                engine.adapters.load(LoadAdapter(name, str(folders[name]), "x", now=rng.random() < 0.5))
-            if rng.random() < 0.01 and len(engine.adapters.names) > 1:
-                engine.adapters.unload(UnloadAdapter(rng.choice(engine.adapters.names), "y"))
-        while engine.has_work or engine.adapters.is_loading:
-            turn_all()
-
-    begin = time.monotonic()
-    turmoil(begin + LOAD_SECONDS / 4)
-    torch.cuda.synchronize()
-    before, resident = torch.cuda.memory_allocated(), resident_bytes()
-    turmoil(begin + LOAD_SECONDS)
-    torch.cuda.synchronize()
-    after = torch.cuda.memory_allocated()
-    assert after <= before + (1 << 20)
-
-    # One that was aborted in the step that ended it counts as either.
-    assert ended.keys() | aborted | refused == wanted.keys()
-    assert not refused
-    assert all(counts[one] <= wanted[one] for one in ended)
-    assert all(counts[one] == wanted[one] for one, reason in ended.items() if reason == "length")
-    blocks = engine.scheduler.block_manager
-    assert blocks.num_free_blocks == blocks.num_usable_blocks
-    assert engine.scheduler.num_preemptions > 0
-    assert engine.speculation.num_accepted > 0
-    print(
-        f"{number} sequences, {num_steps} steps, {len(aborted)} aborted, {engine.scheduler.num_preemptions} preemptions, "
-        f"{engine.speculation.num_accepted} drafted tokens drawn; GPU memory {before} to {after} bytes, "
-        f"resident {resident >> 20} to {resident_bytes() >> 20} MiB"
+    load = MixedLoad(
+        engine,
+        lambda length, rng: prompt(rng.randrange(1 << 30), length),
+        folders,
+        max_prompt_len=60,
+        max_new_tokens=90,
+        crowds=(1, 2, 8, 24, 36),
     )
+    soak(load, 20)
+    assert engine.speculation.num_accepted > 0
 
 
 def test_masked_rows_equal_grouped_ones_at_full_size() -> None:

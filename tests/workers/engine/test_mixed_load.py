@@ -1,0 +1,85 @@
+"""The short form of `make soak`, and that a soak finds what it looks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.soak import Broken, Memory, MixedLoad, checkpoint_load, soak
+
+
+@pytest.fixture
+def load(tiny_checkpoint, tmp_path: Path) -> MixedLoad:
+    return checkpoint_load(tiny_checkpoint, tmp_path)
+
+
+def test_a_mixed_load_loses_nobody_and_leaves_memory_where_it_was(load: MixedLoad) -> None:
+    soak(load, 5)
+    assert load.counts.ended + load.counts.aborted == load.counts.sequences > 100
+    assert load.counts.adapter_changes > 0
+
+
+def loses_a_sequence(load: MixedLoad) -> None:
+    load.engine.abort(load.engine.scheduler.running[0].sequence_id)
+
+
+def loses_a_block(load: MixedLoad) -> None:
+    load.engine.scheduler.block_manager._free.pop()
+
+
+def says_it_again(load: MixedLoad) -> None:
+    step = load.engine.step
+
+    def twice():
+        found = step()
+        found.sequence_ids.extend(found.sequence_ids[-1:])
+        found.token_ids.extend(found.token_ids[-1:])
+        found.finish_reasons.extend(found.finish_reasons[-1:])
+        return found
+
+    load.engine.step = twice
+
+
+def changes_its_mind(load: MixedLoad) -> None:
+    with torch.no_grad():
+        next(iter(load.engine._runner._model.parameters())).mul_(-1)
+
+
+def hoards(load: MixedLoad) -> None:
+    load.hoard = torch.ones(64 << 20, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (loses_a_sequence, "lost"),
+        (loses_a_block, "belong to no sequence"),
+        (says_it_again, "after its end|said more than|ended after"),
+        (changes_its_mind, "in another way"),
+        (hoards, "resident memory grew"),
+    ],
+)
+def test_a_soak_finds_an_engine_that(
+    load: MixedLoad, monkeypatch: pytest.MonkeyPatch, fault: Callable[[MixedLoad], None], words: str
+) -> None:
+    look, meddle = Memory.now, load.meddle
+    faults: list[Callable[[MixedLoad], None]] = []
+
+    def look_at_memory() -> Memory:
+        faults.append(fault)
+        return look()
+
+    def meddle_and_break() -> None:
+        """Once memory has been looked at."""
+        meddle()
+        if faults and load.engine.scheduler.running:
+            monkeypatch.setattr(Memory, "now", look)
+            faults.pop()(load)
+
+    monkeypatch.setattr(Memory, "now", look_at_memory)
+    load.meddle = meddle_and_break  # type: ignore[method-assign]
+    with pytest.raises(Broken, match=words):
+        soak(load, 3)
