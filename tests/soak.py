@@ -106,6 +106,17 @@ class MixedLoad:
     counts: Counts = field(default_factory=Counts)
     live: dict[int, Answer] = field(default_factory=dict)
 
+    def warm_up(self) -> None:
+        """The largest crowd, once with each adapter, and until the last one has ended: slots get the size of the largest
+        adapter, and what an engine makes at the first use (a graph for each size of a batch) is made."""
+        for name, folder in [*self.adapters.items(), (None, None)]:
+            if name is not None:
+                self.engine.adapters.load(LoadAdapter(name, str(folder), "load"))
+                self.drain()
+            for _ in range(max(self.crowds)):
+                self.arrive(name)
+            self.drain()
+
     def run(self, until: float, on_crowd: Callable[[], None] = lambda: None) -> None:
         """Until that instant of time.monotonic(), and then until nothing is left. on_crowd: called before each new crowd."""
         while time.monotonic() < until:
@@ -114,7 +125,7 @@ class MixedLoad:
             for _ in range(self.rng.randint(1, 2 * crowd)):
                 while len(self.live) >= crowd:
                     self.turn()
-                self.arrive()
+                self.arrive(self.rng.choice([None, *self.engine.adapters.names]))
                 for _ in range(self.rng.choice((0, 0, 1, 3))):
                     self.turn()
                 self.meddle()
@@ -124,13 +135,9 @@ class MixedLoad:
 
     def drain(self) -> None:
         """Turns until every sequence has ended; every block of the KV cache must be free then."""
-        while self.engine.has_work or self.engine.adapters.is_loading:
+        while self.live or self.engine.has_work or self.engine.adapters.is_loading:
             self.turn()
         blocks = self.engine.scheduler.block_manager
-        if self.live:
-            raise Broken(
-                f"lost: sequences {sorted(self.live)[:5]} have not ended, and the engine has no work"
-            )
         if blocks.num_free_blocks != blocks.num_usable_blocks:
             missing = blocks.num_usable_blocks - blocks.num_free_blocks
             raise Broken(f"{missing} blocks of the KV cache belong to no sequence and are not free")
@@ -141,6 +148,10 @@ class MixedLoad:
             if isinstance(message, Refused):
                 raise Broken(f"sequence {message.sequence_id} was refused: {message.message}")
         if not self.engine.has_work:
+            if self.live and not self.engine.adapters.is_loading:
+                raise Broken(
+                    f"lost: sequences {sorted(self.live)[:5]} have not ended, and the engine has no work"
+                )
             return
         step = self.engine.step()
         self.counts.steps += 1
@@ -160,7 +171,7 @@ class MixedLoad:
                 del self.live[sequence_id]
                 self.counts.ended += 1
 
-    def arrive(self) -> None:
+    def arrive(self, adapter: str | None) -> None:
         """One more sequence; two of five repeat themselves, so that drafts pay."""
         number = self.counts.sequences
         sampling = Sampling(
@@ -174,7 +185,6 @@ class MixedLoad:
             ids = part[:-2] * 3 + part[-2:]
         else:
             ids = self.new_prompt(length, self.rng)
-        adapter = self.rng.choice([None, *self.engine.adapters.names])
         refused = self.engine.add(Generate(number, ids, sampling, adapter=adapter))
         if refused is not None:
             raise Broken(f"sequence {number} was refused: {refused.message}")
@@ -227,8 +237,9 @@ def soak(
 ) -> None:
     """Runs the load and prints how it goes. Memory is compared from the end of the first quarter on, or of the first five
     minutes. Raises Broken."""
-    began = time.monotonic()
+    load.warm_up()
     first_probe = load.probe()
+    began = time.monotonic()
     load.run(began + min(seconds / 4, 300))
     before = Memory.now()
     print(f"warm: {load}; {before}", flush=True)
