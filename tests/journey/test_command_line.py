@@ -344,6 +344,8 @@ def at_a_terminal(
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
+        # A suite that runs in the background was started with Ctrl-C ignored, and a program inherits that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.execve(sys.executable, [sys.executable, "-c", MAIN, *arguments], {**environ, "TERM": "xterm"})
     shown = b""
     deadline = time.monotonic() + seconds

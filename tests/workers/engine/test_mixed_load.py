@@ -82,4 +82,4 @@ def test_a_soak_finds_an_engine_that(
     monkeypatch.setattr(Memory, "now", look_at_memory)
     load.meddle = meddle_and_break  # type: ignore[method-assign]
     with pytest.raises(Broken, match=words):
-        soak(load, 3)
+        soak(load, 2)
