@@ -304,18 +304,15 @@ class Worker:
         )
 
     def _others_serve(self) -> bool:
-        """Whether another worker of this model says that it is ready."""
+        """Whether another worker of this model says that it is ready; no, when Redis does not answer."""
+        model = self.settings.model
         ledger = Ledger.at(self.redis_url, self.settings.queue.keys, timeout_seconds=1.0, retries=0)
         try:
-            workers = ledger.run(calls.overview(self.settings.model)).workers
+            return ledger.run(calls.overview(model)).is_served(model, besides=self.name)
         except (GlmqError, RedisError):
             return False
         finally:
             ledger.close()
-        about = [worker.about for worker in workers if worker.worker != self.name]
-        return any(
-            other.get("model") == self.settings.model and other.get("state") == "ready" for other in about
-        )
 
     def _open_claims(self) -> None:
         """The engine is there for everybody."""

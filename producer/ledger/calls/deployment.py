@@ -30,6 +30,13 @@ class Overview:
     """Of all models."""
     workers: list[WorkerStatus]
 
+    def is_served(self, model: str, *, besides: str) -> bool:
+        """Whether a worker other than `besides` says that it is ready for this model."""
+        return any(
+            each.worker != besides and each.about.get("model") == model and each.about.get("state") == "ready"
+            for each in self.workers
+        )
+
 
 def overview(model: str, worker_seconds: float = WORKER_SECONDS) -> Call[Overview]:
     """Queue length of a model, running requests, and the workers heard of in the last `worker_seconds`."""

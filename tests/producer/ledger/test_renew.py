@@ -68,6 +68,25 @@ def test_the_overview_shows_what_workers_say_of_themselves_while_they_live(ledge
     assert [each.worker for each in alive] == ["gpu-1"]
 
 
+def test_a_model_is_served_by_others_only_if_one_of_them_is_ready_for_it(ledger: Ledger) -> None:
+    def say(worker: str, model: str, state: str) -> None:
+        ledger.run(calls.renew(worker, [], 2.0, about={"model": model, "state": state}))
+
+    def is_served(besides: str) -> bool:
+        return ledger.run(calls.overview("chatglm-6b")).is_served("chatglm-6b", besides=besides)
+
+    assert not is_served("gpu-0")
+    say("gpu-0", "chatglm-6b", "ready")
+    assert not is_served("gpu-0")
+    assert is_served("gpu-1")
+    say("gpu-1", "another", "ready")
+    say("gpu-2", "chatglm-6b", "loading")
+    ledger.run(calls.renew("gpu-3", [], 2.0))
+    assert not is_served("gpu-0")
+    say("gpu-2", "chatglm-6b", "ready")
+    assert is_served("gpu-0")
+
+
 def test_what_a_dead_worker_said_goes_away_by_itself(ledger: Ledger, keys: Keys) -> None:
     ledger.run(calls.renew("gpu-0", [], 2.0, about={"slots": 8}, worker_seconds=7))
     assert 5 < ledger.connection.ttl(keys.worker("gpu-0")) <= 7
