@@ -1,6 +1,6 @@
 """Mixed load on one engine, for as long as you say: what has to hold after an hour as after a second.
 
-    make soak ARGS="--seconds 3600"                      the demo checkpoint, on this machine's GPU or CPU
+    make soak                                                 the demo checkpoint, on this machine's GPU or CPU
     make soak ARGS="--seconds 3600 --random int4 --kv int8"   the full size with random weights, on a GPU
 
 Crowds come and go (nobody, one, more than fit), with prompts and answers of all lengths, greedy and drawn, some that copy;
@@ -51,7 +51,7 @@ class Broken(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes: what tensors hold on the GPU (0 without one), and what is resident of this process."""
+    """Bytes: what tensors hold on the GPU (0 without one), and what is resident of this process (0 where there is no /proc)."""
 
     gpu: int
     resident: int
@@ -59,7 +59,8 @@ class Memory:
     @classmethod
     def now(cls) -> Memory:
         gc.collect()
-        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+        statm = Path("/proc/self/statm")
+        pages = int(statm.read_text("ascii").split()[1]) if statm.exists() else 0
         gpu = 0
         if torch.cuda.is_available():
             torch.cuda.synchronize()
