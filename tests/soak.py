@@ -104,8 +104,13 @@ class MixedLoad:
     crowds: tuple[int, ...]
     """How many sequences there are at a time, in turn at random."""
     rng: random.Random = field(default_factory=lambda: random.Random(5))
+    clock: Callable[[], float] | None = None
+    """Of what `run` and `soak` call seconds; None: time.monotonic."""
     counts: Counts = field(default_factory=Counts)
     live: dict[int, Answer] = field(default_factory=dict)
+
+    def now(self) -> float:
+        return self.clock() if self.clock else time.monotonic()
 
     def warm_up(self) -> None:
         """The largest crowd, once with each adapter, and until the last one has ended: slots get the size of the largest
@@ -119,8 +124,8 @@ class MixedLoad:
             self.drain()
 
     def run(self, until: float, on_crowd: Callable[[], None] = lambda: None) -> None:
-        """Until that instant of time.monotonic(), and then until nothing is left. on_crowd: called before each new crowd."""
-        while time.monotonic() < until:
+        """Until that instant of the clock, and then until nothing is left. on_crowd: called before each new crowd."""
+        while self.now() < until:
             on_crowd()
             crowd = self.rng.choice(self.crowds)
             for _ in range(self.rng.randint(1, 2 * crowd)):
@@ -240,21 +245,21 @@ def soak(
     minutes. Raises Broken."""
     load.warm_up()
     first_probe = load.probe()
-    began = time.monotonic()
+    began = load.now()
     load.run(began + min(seconds / 4, 300))
     before = Memory.now()
     print(f"warm: {load}; {before}", flush=True)
-    next_report = time.monotonic() + report_seconds
+    next_report = load.now() + report_seconds
 
     def report() -> None:
         nonlocal next_report
-        if time.monotonic() >= next_report:
-            print(f"{time.monotonic() - began:6.0f} s: {load}; {Memory.now()}", flush=True)
+        if load.now() >= next_report:
+            print(f"{load.now() - began:6.0f} s: {load}; {Memory.now()}", flush=True)
             next_report += report_seconds
 
     load.run(began + seconds, report)
     after = Memory.now()
-    print(f"{time.monotonic() - began:6.0f} s: {load}; {after}", flush=True)
+    print(f"{load.now() - began:6.0f} s: {load}; {after}", flush=True)
     if load.probe() != first_probe:
         raise Broken("the engine answers the same prompts in another way than at the beginning")
     if after.gpu > before.gpu + MIB:
