@@ -315,6 +315,8 @@ def test_the_number_of_dead_letters_is_bounded_and_the_oldest_make_room(
     # As if they had been there before.
     ledger.connection.zadd(keys.dead, {f"other-{number}": number + 1 for number in range(999)})
     kill(worker, ids[1])
+    # Their order is that of their milliseconds.
+    time.sleep(0.002)
     kill(worker, ids[2])
     assert ledger.connection.zcard(keys.dead) == 1000
     assert ledger.connection.zscore(keys.dead, "other-0") is None

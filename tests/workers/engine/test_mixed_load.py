@@ -55,7 +55,7 @@ def changes_its_mind(load: MixedLoad) -> None:
 
 
 def hoards(load: MixedLoad) -> None:
-    load.hoard = torch.ones(64 << 20, dtype=torch.uint8)
+    load.hoard = torch.ones(128 << 20, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
