@@ -27,12 +27,15 @@ from tests.lora_adapter import write_adapter
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.engine.messages import Generate, LoadAdapter, Refused, Sampling, UnloadAdapter
-from workers.models.config import ModelConfig
+from workers.models.config import CheckpointError, ModelConfig
 from workers.models.loader import new_network
 from workers.models.lora import TARGETS, linear_shapes
 
 DEMO_CHECKPOINT = Path(__file__).parents[1] / "workers" / "models" / "demo"
 MIB = 1 << 20
+MAX_GPU_GROWTH = 1 * MIB
+MAX_RESIDENT_GROWTH = 32 * MIB
+"""An allocator keeps a few MiB more or less of what was freed."""
 SAMPLINGS = (
     {"temperature": 0.0},
     {"temperature": 0.1},
@@ -104,13 +107,10 @@ class MixedLoad:
     crowds: tuple[int, ...]
     """How many sequences there are at a time, in turn at random."""
     rng: random.Random = field(default_factory=lambda: random.Random(5))
-    clock: Callable[[], float] | None = None
-    """Of what `run` and `soak` call seconds; None: time.monotonic."""
+    clock: Callable[[], float] = time.monotonic
+    """Of what `run` and `soak` call seconds."""
     counts: Counts = field(default_factory=Counts)
     live: dict[int, Answer] = field(default_factory=dict)
-
-    def now(self) -> float:
-        return self.clock() if self.clock else time.monotonic()
 
     def warm_up(self) -> None:
         """The largest crowd, once with each adapter, and until the last one has ended: slots get the size of the largest
@@ -125,7 +125,7 @@ class MixedLoad:
 
     def run(self, until: float, on_crowd: Callable[[], None] = lambda: None) -> None:
         """Until that instant of the clock, and then until nothing is left. on_crowd: called before each new crowd."""
-        while self.now() < until:
+        while self.clock() < until:
             on_crowd()
             crowd = self.rng.choice(self.crowds)
             for _ in range(self.rng.randint(1, 2 * crowd)):
@@ -183,7 +183,7 @@ class MixedLoad:
         sampling = Sampling(
             max_new_tokens=self.rng.randint(1, self.max_new_tokens),
             seed=number,
-            **self.rng.choice(SAMPLINGS),  # type: ignore[arg-type]
+            **self.rng.choice(SAMPLINGS),
         )
         length = self.rng.randint(3, self.max_prompt_len)
         if self.rng.random() < 0.4 and length >= 8:
@@ -238,33 +238,31 @@ class MixedLoad:
         )
 
 
-def soak(
-    load: MixedLoad, seconds: float, *, report_seconds: float = 60, max_resident_growth: int = 32 * MIB
-) -> None:
+def soak(load: MixedLoad, seconds: float, *, report_seconds: float = 60) -> None:
     """Runs the load and prints how it goes. Memory is compared from the end of the first quarter on, or of the first five
     minutes. Raises Broken."""
     load.warm_up()
     first_probe = load.probe()
-    began = load.now()
+    began = load.clock()
     load.run(began + min(seconds / 4, 300))
     before = Memory.now()
     print(f"warm: {load}; {before}", flush=True)
-    next_report = load.now() + report_seconds
+    next_report = load.clock() + report_seconds
 
     def report() -> None:
         nonlocal next_report
-        if load.now() >= next_report:
-            print(f"{load.now() - began:6.0f} s: {load}; {Memory.now()}", flush=True)
+        if load.clock() >= next_report:
+            print(f"{load.clock() - began:6.0f} s: {load}; {Memory.now()}", flush=True)
             next_report += report_seconds
 
     load.run(began + seconds, report)
     after = Memory.now()
-    print(f"{load.now() - began:6.0f} s: {load}; {after}", flush=True)
+    print(f"{load.clock() - began:6.0f} s: {load}; {after}", flush=True)
     if load.probe() != first_probe:
         raise Broken("the engine answers the same prompts in another way than at the beginning")
-    if after.gpu > before.gpu + MIB:
+    if after.gpu > before.gpu + MAX_GPU_GROWTH:
         raise Broken(f"memory on the GPU grew from {before.gpu:,} to {after.gpu:,} bytes")
-    if after.resident > before.resident + max_resident_growth:
+    if after.resident > before.resident + MAX_RESIDENT_GROWTH:
         raise Broken(f"resident memory grew from {before.resident:,} to {after.resident:,} bytes")
     if not load.engine.scheduler.num_preemptions or not load.counts.aborted:
         raise Broken("nothing was preempted or aborted: this load shows little, give it longer or less cache")
@@ -332,24 +330,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--seconds", type=float, default=3600, help="3600 unless told")
     parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
     parser.add_argument(
         "--random",
         choices=["fp16", "int8", "int4", "fp8"],
         help="full-size random weights of this form, on a GPU",
     )
-    parser.add_argument("--kv", default="fp16", choices=["fp16", "int8"], help="of --random")
+    parser.add_argument("--kv", choices=["fp16", "int8"], help="of --random; fp16 unless told")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="glmq-soak-") as scratch, torch.inference_mode():
-        if arguments.random:
-            load = full_size_load(arguments.random, arguments.kv)
-        else:
-            load = checkpoint_load(arguments.checkpoint, Path(scratch))
-        try:
+    if not arguments.seconds > 0:
+        parser.error(f"--seconds is {arguments.seconds:g}: it must be above 0")
+    if arguments.kv and not arguments.random:
+        parser.error("--kv belongs to --random: give both, or neither")
+    if arguments.random and not torch.cuda.is_available():
+        parser.error("--random needs an NVIDIA GPU, and there is none: leave it out for the demo checkpoint")
+    try:
+        with tempfile.TemporaryDirectory(prefix="glmq-soak-") as scratch, torch.inference_mode():
+            if arguments.random:
+                load = full_size_load(arguments.random, arguments.kv or "fp16")
+            else:
+                load = checkpoint_load(arguments.checkpoint, Path(scratch))
             soak(load, arguments.seconds)
-        except Broken as broken:
-            raise SystemExit(f"broken: {broken}") from None
+    except CheckpointError as error:
+        parser.error(f"--checkpoint: {error}")
+    except Broken as broken:
+        raise SystemExit(f"broken: {broken}") from None
     print("held: nothing lost, nothing changed, memory where it was")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.soak import Broken, Memory, MixedLoad, checkpoint_load, soak
+from tests.soak import Broken, Memory, MixedLoad, checkpoint_load, main, soak
 
 
 @pytest.fixture
@@ -90,6 +90,19 @@ def test_a_soak_finds_an_engine_that(
             faults.pop()(load)
 
     monkeypatch.setattr(Memory, "now", look_at_memory)
-    load.meddle = meddle_and_break  # type: ignore[method-assign]
+    load.meddle = meddle_and_break
     with pytest.raises(Broken, match=words):
         soak(load, 500)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--seconds", "0"], ["--seconds", "nan"], ["--kv", "int8"], ["--checkpoint", "nowhere"]]
+)
+def test_what_cannot_be_used_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["soak", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert f"error: {arguments[0]}" in capsys.readouterr().err
