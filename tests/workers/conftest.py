@@ -85,6 +85,7 @@ class Bench:
     accepted: list[Ticket] = field(default_factory=list)
     metrics: Metrics = field(default_factory=lambda: Metrics(model=MODEL))
     context_len: int = 1000
+    num_folds_due: int = 0
 
     def __post_init__(self) -> None:
         self.publisher = Publisher(
@@ -106,15 +107,23 @@ class Bench:
             end_id=END,
             metrics=self.metrics,
         )
-        self.folding = Folding(self.ledger, model=MODEL, retention_seconds=60.0, on_queued=self.claims.look)
+        self.fold_ledger = _CountingLedger(self.ledger)
+        self.folding = Folding(
+            self.fold_ledger,  # type: ignore[arg-type]
+            model=MODEL,
+            retention_seconds=60.0,
+            on_queued=self.claims.look,
+        )
 
     def _on_gone(self, running: RunningRequest) -> None:
-        self.gone.append(running)
         if running.ticket is not None:
             running.ticket.complete()
         self.claims.on_free_slot()
         if running.fold is not None and running.end in ("stop", "length"):
+            self.num_folds_due += 1
             self.folding.submit(running.fold, running.request_id)
+        # Who waits for this finds all of the above done.
+        self.gone.append(running)
 
     def start(self) -> None:
         self.publisher.start()
@@ -175,9 +184,29 @@ class Bench:
         return [event.type for event in self.events(request_id)]
 
     def ended(self, request_id: str) -> list[Event]:
-        """All events of a request, once it has ended."""
+        """All events of a request, once it has ended and left this worker."""
         wait_for(lambda: self.types(request_id)[-1:] in (["finished"], ["failed"]))
+        wait_for(lambda: self.running.get(request_id) is None)
         return self.events(request_id)
+
+    def wait_gone(self, request_id: str) -> None:
+        """It has left this worker, and what follows from that is done: the fold that is due is queued."""
+        wait_for(lambda: request_id in [running.request_id for running in self.gone])
+        wait_for(lambda: self.fold_ledger.num_answered == self.num_folds_due)
+
+
+class _CountingLedger:
+    """Passes calls on."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.num_answered = 0
+
+    def run(self, call: Any) -> Any:
+        try:
+            return self._ledger.run(call)
+        finally:
+            self.num_answered += 1
 
 
 class _NoPool:

@@ -123,7 +123,7 @@ def test_a_document_holds_nothing_while_it_waits(new_bench: NewBench) -> None:
     bench.start()
     piece_ids(bench, request_id, 1)
 
-    wait_for(lambda: request_id in [running.request_id for running in bench.gone])
+    bench.wait_gone(request_id)
     wait_for(lambda: ticket in bench.completed)
     assert state_of(bench, request_id) == "waiting"
     assert bench.running.get(request_id) is None

@@ -46,8 +46,8 @@ class Court:
     def _resume(self, running: RunningRequest) -> None:
         if self.refuses:
             raise EngineDied(None, None)
-        self.resumed.append(running.request_id)
         self.bench.claims.resume(running)
+        self.resumed.append(running.request_id)
 
     def _on_done(self) -> None:
         self.num_opened += 1
@@ -103,7 +103,7 @@ def test_an_engine_that_dies_in_a_decode_gives_everything_back_at_once(court: Co
 
     for request_id in ids:
         wait_for(lambda request_id=request_id: court.state(request_id) == "queued")
-    assert len(court.bench.running) == 0
+    wait_for(lambda: len(court.bench.running) == 0)
     claim = court.bench.ledger.run(calls.claim("chatglm-6b", "another", 5))
     assert claim is not None
     assert (claim.failures, "".join(claim.emitted_texts)) == (0, "xyz")
