@@ -78,7 +78,7 @@ class TicketTaker(Protocol):
         """Accept it and complete it some time, from another thread."""
 
     def withdraw(self, ticket: Ticket) -> None:
-        """Nobody wants what this ticket stands for any more: cancel it."""
+        """Nobody wants what this ticket stands for any more: cancel it. May come more than once for a ticket."""
 
     def resize(self, slots: int) -> None:
         """Work on at most so many requests at a time."""
