@@ -220,11 +220,11 @@ def test_what_a_power_failure_took_from_redis_is_published_again(
     server = EmbeddedServer.start(folder)
     worker = new_worker(REDIS_URL=server.url)
     with Client(replace(settings, redis_url=server.url)) as client:
-        readers = Readers(client, 2, 200)
-        readers.wait_for_tokens(20)
+        readers = Readers(client, 2, 500)
+        readers.wait_for_tokens(1)
         # What the disk has at this moment; the rest of the file is what it never got.
         sizes = {path: path.stat().st_size for path in (folder / "data").rglob("*.incr.aof")}
-        readers.wait_for_tokens(40)
+        readers.wait_for_tokens(1 + max(reader.num_tokens for reader in readers.readers))
         os.kill(server.pid, signal.SIGKILL)
         for path, size in sizes.items():
             os.truncate(path, size)
