@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up check format test model-check chaos soak test-metrics bench lock clean
+.PHONY: help setup demo up check format test model-check chaos soak test-races test-metrics bench lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -56,6 +56,9 @@ chaos: setup  ## Workers, engines and Redis die at random instants while thousan
 
 soak: setup  ## An hour of mixed load on one engine: nothing lost, nothing changed, memory where it was: make soak ARGS="--seconds 600"
 	$(BIN)/python -m tests.soak $(ARGS)
+
+test-races: setup  ## The suite with random pauses between the steps of a worker's threads: make test-races ARGS="tests/workers"
+	GLMQ_TEST_PAUSES=$(or $(PAUSE),0.06) PYTHONPATH=tests/pauses $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 test-metrics: setup  ## Metrics, dashboards and alerts against a real Prometheus (fetched where there is apt)
 	$(BIN)/pytest tests/ops tests/workers/test_metrics.py tests/journey/test_metrics.py $(ARGS)
