@@ -58,7 +58,7 @@ soak: setup  ## An hour of mixed load on one engine: nothing lost, nothing chang
 	$(BIN)/python -m tests.soak $(ARGS)
 
 test-races: setup  ## The suite with random pauses between the steps of a worker's threads: make test-races ARGS="tests/workers"
-	GLMQ_TEST_PAUSES=$(or $(PAUSE),0.06) PYTHONPATH=tests/pauses $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	GLMQ_TEST_PAUSES=$(or $(PAUSE),0.06) PYTHONPATH=$(CURDIR)/tests/pauses $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 test-metrics: setup  ## Metrics, dashboards and alerts against a real Prometheus (fetched where there is apt)
 	$(BIN)/pytest tests/ops tests/workers/test_metrics.py tests/journey/test_metrics.py $(ARGS)
