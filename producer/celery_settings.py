@@ -35,6 +35,8 @@ def celery_settings(redis_url: str, namespace: str) -> dict[str, Any]:
         "task_store_errors_even_if_ignored": False,
         # Never late: on 5.7 a lost connection with late-acked work in flight ends the worker. The ledger's leases are what recovers.
         "task_acks_late": False,
+        # So there are none to cancel. Celery 6 will have this as its default, and warns until then.
+        "worker_cancel_long_running_tasks_on_connection_loss": True,
         "task_create_missing_queues": True,
         "worker_disable_prefetch": True,
         "worker_prefetch_multiplier": 1,

@@ -19,6 +19,7 @@ def create_app(settings: WorkerSettings, redis_url: str, ticket_taker: TicketTak
     app.conf.update(celery_settings(redis_url, settings.queue.namespace))
     app.conf.update(
         worker_pool="workers.pool:EnginePool",
+        worker_consumer="workers.consumer:SteadyConsumer",
         worker_concurrency=settings.slots,
         task_default_queue=settings.queue.keys.celery_queue(settings.model),
         # The log is ours.

@@ -46,7 +46,7 @@ def reaping_leases(bench: Any) -> Leases:
         bench.running,
         bench.publisher,
         bench.settings.worker_id,
-        lease_seconds=0.4,
+        lease_seconds=2.0,
         about=dict,
         is_stuck=lambda: False,
         on_reaped=bench.claims.look,
