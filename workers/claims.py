@@ -154,8 +154,12 @@ class Claims:
 
     def look(self) -> None:
         """There is work of which no ticket tells."""
+        self._look_by(0.0)
+
+    def _look_by(self, when: float) -> None:
+        """At that instant of the monotonic clock, or earlier."""
         with self._wake:
-            self._next_look = 0.0
+            self._next_look = min(self._next_look, when)
             self._wake.notify()
 
     # --- the thread -------------------------------------------------------------------------------------------------
@@ -168,11 +172,13 @@ class Claims:
                     self._wait()
                 pause = 0.05
             except (RedisUnavailable, RedisError) as error:
+                self._look_by(0.0)
                 if pause >= 1:
                     logger.warning("cannot claim: %s", error)
                 time.sleep(pause)
                 pause = min(2 * pause, 1.0)
             except Exception:  # the loop is a boundary
+                self._look_by(0.0)
                 logger.exception("claiming failed")
                 time.sleep(1)
 
@@ -256,6 +262,8 @@ class Claims:
             is_due = time.monotonic() >= self._next_look
             if not num_tickets and not is_due:
                 return False
+            # Whoever says that there is work while claims are under way is heard after them.
+            next_look, self._next_look = self._next_look, float("inf")
             num_free = self._slots - len(self._running)
             # A share of the free slots: other workers are to get some too.
             number = min(max(num_tickets, self._num_at_once), MAX_AT_ONCE, max(num_free // 8, 1))
@@ -272,12 +280,12 @@ class Claims:
                 self._has_lost_claim = index + 1 < len(claims)
                 raise
         if len(claims) == number:
-            self._num_at_once = 2 * number if is_due or number > 1 else 1
-            if number > 1:
-                self._next_look = 0.0
+            is_plenty = is_due or number > 1
+            self._num_at_once = 2 * number if is_plenty else 1
+            self._look_by(0.0 if is_plenty else next_look)
             return True
         self._num_at_once = 1
-        self._next_look = time.monotonic() + self._settings.look_seconds
+        self._look_by(time.monotonic() + self._settings.look_seconds)
         # Tickets that were here before came twice, or somebody else was faster.
         for _ in range(num_tickets - len(claims)):
             with self._wake:

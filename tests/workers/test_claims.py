@@ -13,7 +13,7 @@ from producer.contract import ChatRequest, Failed, RedisUnavailable, SamplingPar
 from producer.contract.tenants import QueueBounds
 from producer.ledger import Call, Claim, Emission, calls
 from producer.settings import Settings
-from tests.workers.conftest import Letters
+from tests.workers.conftest import Letters, wait_for
 from workers.engine.client import EngineDied
 from workers.engine.messages import Generate
 from workers.pool import Ticket
@@ -56,6 +56,26 @@ def test_a_lost_ticket_costs_about_a_look(bench: Any) -> None:
     bench.generation(bench.submit())
 
     assert time.monotonic() - begin < 1
+
+
+def test_work_that_is_told_of_while_a_claim_finds_nothing_is_claimed_at_once(new_bench: NewBench) -> None:
+    bench = new_bench(start=False, look_seconds=60)
+    run = bench.ledger.run
+    submitted: list[str] = []
+
+    def slow(call: Call[T]) -> T:
+        answer = run(call)
+        if call.script == "claim" and not submitted:
+            # Before the worker has read that there is nothing.
+            submitted.append(bench.submit())
+            bench.claims.look()
+        return answer
+
+    bench.ledger.run = slow
+    bench.start()
+
+    wait_for(lambda: submitted)
+    bench.generation(submitted[0])
 
 
 def test_a_ticket_that_comes_twice_changes_nothing(new_bench: NewBench) -> None:
