@@ -19,8 +19,6 @@ from producer.contract import Event, Finished, Token
 from producer.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-LEEWAY = float(os.environ.get("GLMQ_TEST_LEEWAY", "2"))
-"""The bounds are those of a quiet machine; the suite runs two tests at a time, beside whatever else there is."""
 
 
 @pytest.fixture(scope="session")

@@ -140,12 +140,13 @@ def test_a_queued_request_that_is_cancelled_never_starts(client: Client) -> None
 
 def test_a_lost_ticket_costs_about_a_second(client: Client, check_stream: Check) -> None:
     request = ChatRequest(query="nobody was told", sampling=SamplingParams(max_new_tokens=4, seed=1))
+    begin = time.monotonic()
     submitted = client.ledger.run(calls.submit(request, model=client.model))
 
     finished = check_stream(list(client.stream(submitted.request_id)))
 
-    # On a busy machine more than the second; by itself nothing else would ever find it.
-    assert finished.timings.queue_seconds < 4
+    assert time.monotonic() - begin < 4
+    assert finished.timings.queue_seconds < 2
 
 
 def test_a_ticket_that_comes_twice_changes_nothing(client: Client, check_stream: Check) -> None:
